@@ -1,0 +1,1 @@
+"""samestep: one recipe, any backend, the same step. See README.md."""

@@ -1,0 +1,230 @@
+"""Every setting of a run: frozen, typed, documented, checked before any model loads.
+
+First stop of the flow recipe -> config -> builders -> loop. Values arrive here from trainer/resolve.py in three layers:
+recipe defaults < --config YAML < section.key=value. A config never changes after it is built and never fills itself in.
+Precision, sharding and process count are not here: they belong to the accelerate configuration.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+MetricName = Literal["loss", "accuracy", "precision", "recall", "f1"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen; an unknown key is an error; the line under a field is its documentation."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """Which model, and how its weights start."""
+
+    source: str = "asset:minilm"
+    """`asset:NAME`, a local folder of a Hugging Face model, or a hub id."""
+    task: Literal["classification"] = "classification"
+    """What the model's head predicts."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the architecture from `source` and trains from scratch."""
+    dropout: Probability | None = None
+    """Dropout of hidden states, for models that have one. None keeps the model's own rate."""
+    attention_dropout: Probability | None = None
+    """Dropout of attention probabilities. None keeps the model's own rate."""
+    head_dropout: Probability | None = None
+    """Dropout before the classifier. None keeps the model's own rate."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernel. `auto` is transformers' own choice for the model and device."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code shipped inside a model repository. Off: such a model is refused."""
+
+
+class FullConfig(Section):
+    """Train every weight."""
+
+    name: Literal["full"] = "full"
+    """The method."""
+
+
+class HeadConfig(Section):
+    """Train the classification head only; the encoder stays frozen."""
+
+    name: Literal["head"] = "head"
+    """The method."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al., arXiv 2106.09685) through PEFT; the classification head is trained too."""
+
+    name: Literal["lora"] = "lora"
+    """The method."""
+    rank: PositiveInt = 8
+    """Rank r of the two factors."""
+    alpha: PositiveFloat = 16
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: Probability = 0.0
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers to adapt (the last parts of their dotted names), or `all-linear`: all but the head."""
+
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if not self.targets:
+            raise ValueError('needs at least one layer name; use targets=all-linear, or "query,value" for BERT')
+        return self
+
+
+MethodConfig = Annotated[FullConfig | HeadConfig | LoraConfig, Field(discriminator="name")]
+
+
+class ClassificationData(Section):
+    """Sentences or sentence pairs with one label each."""
+
+    source: str = "asset:sst"
+    """`asset:NAME`, a file (.csv .tsv .jsonl .parquet), or a hub dataset id. With a split of its own: the training split."""
+    subset: str | None = None
+    """Configuration name of a hub dataset, such as `sst2` of `nyu-mll/glue`."""
+    validation: str | None = None
+    """A file, or the name of a hub dataset's split. None: cut from the source by `validation_fraction`."""
+    test: str | None = None
+    """A file, or the name of a hub dataset's split. None: cut from the source by `test_fraction`."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of the second text, for sentence pairs."""
+    label: str = "label"
+    """Column of the label."""
+    labels: tuple[str, ...] | None = None
+    """The label set, in the order of class ids. None: the sorted labels found in the source. A label outside is a bad row."""
+    validation_fraction: Fraction = 0.15
+    """Share of the source held out for validation, stratified by label, where `validation` is None."""
+    test_fraction: Fraction = 0.15
+    """Share of the source held out for the test, stratified by label, where `test` is None. 0: no test."""
+    split_seed: int = 0
+    """Seed of the stratified split; independent of `train.seed` so that seeds share one test set."""
+    max_length: PositiveInt = 128
+    """Tokens; longer texts are cut, and the share that was cut is printed."""
+    max_bad_fraction: Fraction = 0.0
+    """Share of bad rows (no label, empty text, unknown label, wrong type) that is dropped with a report; more is an error."""
+    group_by_length: bool = True
+    """Put sentences of similar length into one global batch: less padding. Off: a plain shuffle."""
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        held_out = (0 if self.validation else self.validation_fraction) + (0 if self.test else self.test_fraction)
+        if held_out >= 1:
+            raise ValueError(f"validation_fraction + test_fraction ({held_out:g}) must be below 1; nothing would be left to train on")
+        if not self.validation and self.validation_fraction == 0:
+            raise ValueError("validation_fraction (0) must be above 0 where no validation split is named")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels {self.labels} must differ from each other")
+        if self.labels is not None and len(self.labels) < 2:
+            raise ValueError(f"labels {self.labels} must name at least two classes")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
+    peak_lr: PositiveFloat | None = None
+    """Highest learning rate. None: 2e-5 for full, 1e-3 for head, 3e-4 for lora."""
+    head_lr: PositiveFloat | None = None
+    """Highest learning rate of the classification head. None: the same as the rest."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each layer's rate is this times the one above it (ULMFiT, arXiv 1801.06146). 1: the same for all."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warmup; linear and cosine end at `min_lr_fraction` of the peak."""
+    warmup_fraction: Fraction = 0.1
+    """Share of all steps over which the rate rises linearly from 0."""
+    min_lr_fraction: Fraction = 0.0
+    """Rate at the last step as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled decay of weight matrices; biases, norms and embeddings never decay."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm to this. None: no clipping."""
+
+
+class TrainConfig(Section):
+    """How long, in which batches, and what is watched."""
+
+    num_epochs: PositiveFloat | None = None
+    """Passes over the training split. Exactly one of `num_epochs` and `max_steps` is set."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps."""
+    global_batch_size: PositiveInt = 32
+    """Samples per optimizer step over all ranks; the same whatever the number of processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Most samples in one forward pass of one rank. None: the rank's whole share. Accumulation follows from it."""
+    eval_batch_size: PositiveInt = 64
+    """Most samples in one forward pass of one rank during evaluation."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations. None: once per epoch. The last step is always evaluated."""
+    log_every: PositiveInt = 10
+    """Steps between log lines."""
+    metric: MetricName = "accuracy"
+    """The validation metric that chooses the best step, whose weights are exported, and that early stopping watches."""
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations without a better `metric`. None: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What all ranks do when the loss or the gradient norm is not finite: stop with an error, or skip the step."""
+    max_skipped_steps: PositiveInt = 10
+    """With on_nonfinite=skip: one more skipped step than this stops the run."""
+    seed: int = 0
+    """Seed of data order, new weights and dropout."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms (slower on a GPU)."""
+
+    @model_validator(mode="after")
+    def _length_is_set_once(self) -> Self:
+        if (self.num_epochs is None) == (self.max_steps is None):
+            raise ValueError(
+                f"num_epochs ({self.num_epochs}) and max_steps ({self.max_steps}): exactly one must be set; "
+                "set the other to none"
+            )
+        return self
+
+
+class ProbeConfig(Section):
+    """Set by `samestep parity`: run some steps without dropout and record what they did, instead of training."""
+
+    folder: Path
+    """Where rank 0 writes the record."""
+    steps: PositiveInt = 5
+    """Optimizer steps to run."""
+
+
+class RunConfig(Section):
+    """One run: everything but what the accelerate configuration owns."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run; letters, digits, dot, dash and underscore."""
+    run_dir: Path | None = None
+    """Folder for config, logs and the exported model. None: runs/NAME."""
+    model: ModelConfig = ModelConfig()
+    """Which model."""
+    method: MethodConfig = FullConfig()
+    """Which weights are trained."""
+    data: ClassificationData = ClassificationData()
+    """What is learned."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    train: TrainConfig = TrainConfig(num_epochs=3)
+    """The loop."""
+    probe: ProbeConfig | None = None
+    """Parity's recording instead of training."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory: `run_dir`, or runs/NAME."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.name
