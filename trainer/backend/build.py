@@ -1,0 +1,93 @@
+"""From the request to a running Accelerator, and from model and optimizer to a verified Engine. All ranks call both."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import DistributedType
+
+from trainer.backend import wrap
+from trainer.backend.engine import Engine, FsdpEngine, PlainEngine, ZeroEngine
+from trainer.backend.request import Request, read_request
+from trainer.config import RunConfig
+from trainer.errors import BackendError, ConfigError
+
+EXPECTED_TYPES = {
+    "single": (DistributedType.NO,),
+    "ddp": (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU),
+    "fsdp": (DistributedType.FSDP,),
+    "zero1": (DistributedType.DEEPSPEED,),
+    "zero2": (DistributedType.DEEPSPEED,),
+    "zero3": (DistributedType.DEEPSPEED,),
+}
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """The Accelerator of this process, of the backend the launcher asked for, on GPU or CPU. Every rank calls it once, first.
+
+    Raises ConfigError where the global batch cannot be shared over the ranks and BackendError where another backend would run.
+    """
+    request = read_request(os.environ)
+    if config.train.global_batch_size < request.world_size:
+        raise ConfigError(
+            f"train.global_batch_size ({config.train.global_batch_size}) must be at least the number of processes "
+            f"({request.world_size}); raise it, or start fewer processes"
+        )
+    use_cpu = request.on_cpu or not torch.accelerator.is_available()
+    if use_cpu:
+        _prepare_cpu_process_group(request)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    # Precision is ours (Engine.forward): left to their defaults the backends mean three different things by bf16.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
+    _verify_accelerator(accelerator, request)
+    return accelerator
+
+
+def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Engine:
+    """Wrap model and optimizer for the backend and verify the result. Every rank calls it once.
+
+    The optimizer must have been made from the parameters of `model`; its groups keep their order and extra keys.
+    """
+    request = read_request(os.environ)
+    names = [name for name, _ in model.named_parameters()]
+    if request.backend == "fsdp":
+        wrap.prepare_fsdp(accelerator, model, request.precision)
+    elif request.backend.startswith("zero"):
+        wrap.configure_zero(accelerator, model, config, request.precision)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    wrap.verify_wrapper(request, wrapped, names)
+    kind = {"single": PlainEngine, "ddp": PlainEngine, "fsdp": FsdpEngine}.get(request.backend, ZeroEngine)
+    return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
+
+
+def quiet_exit() -> None:
+    """Take the process group down, so that the launcher prints no warning at the end of a run."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _prepare_cpu_process_group(request: Request) -> None:
+    """gloo ranks before Accelerator() exists; without this Accelerate silently runs DDP for FSDP, and N lone runs for DeepSpeed.
+
+    Accelerate 1.15 reaches its FSDP2 branch only from a MULTI_* accelerator type (accelerate/state.py, AcceleratorState); this can go
+    when it accepts MULTI_CPU there.
+    """
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # would make Accelerate ignore DeepSpeed
+    PartialState(cpu=True)
+    if request.backend == "fsdp":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _verify_accelerator(accelerator: Accelerator, request: Request) -> None:
+    if accelerator.distributed_type not in EXPECTED_TYPES[request.backend]:
+        raise BackendError(
+            f"asked for {request.backend}, but Accelerate would run {accelerator.distributed_type.value}; "
+            f"start with `samestep run RECIPE --backend {request.backend}`, or check the accelerate configuration"
+        )
+    if accelerator.num_processes != request.world_size:
+        raise BackendError(
+            f"the launcher started {request.world_size} processes, but this process group has {accelerator.num_processes}; "
+            "start through `samestep run` or `accelerate launch`, and check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
+        )

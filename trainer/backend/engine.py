@@ -1,0 +1,233 @@
+"""The verbs of one optimizer step, the same on every backend. The loop calls them in order and never asks which backend it is.
+
+    for micro-batch: with engine.micro_batch(last=...): forward, backward
+    grad_norm() -> step(...) or discard()
+
+What each backend does to the gradient of the loss it is given, and so what `backward` multiplies by:
+
+| backend | over ranks | over micro-batches | when it reduces |
+|---|---|---|---|
+| single | - | sums | - |
+| ddp | divides the sum by the world size | sums | after the last micro-batch |
+| fsdp | divides the sum by the world size | sums | after every micro-batch, so that no rank ever holds a whole gradient |
+| zero1 | divides the sum by the world size | sums (scale_wrt_gas=False) | after the last micro-batch |
+| zero2, zero3 | divides the sum by the world size | sums (scale_wrt_gas=False) | after every micro-batch |
+
+Precision: weights, moments and gradient reduction are fp32; `forward` computes in bf16 or fp16 where asked. fp16 has a dynamic loss
+scale of our own, equal on all ranks because it follows the global gradient norm.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer.backend.request import Request
+from trainer.backend.wrap import COMPUTE_DTYPES, is_dtensor, strip_wrapper
+
+INITIAL_LOSS_SCALE = 2.0**16  # fp16 only, as in torch.amp.GradScaler
+LOSS_SCALE_GROWTH_EVERY = 2000  # good steps before the scale doubles
+
+
+class Engine:
+    """Wrapped model and optimizer of one backend. Every rank calls every method that says "collective"."""
+
+    def __init__(self, request: Request, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.backend, self.precision, self.world_size = request.backend, request.precision, request.world_size
+        self.rank, self.device = accelerator.process_index, accelerator.device
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.divides_by = 1 if self.backend == "single" else self.world_size
+        self.loss_scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else 1.0
+        self.good_steps = 0
+
+    # One step
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set every group's rate to `lr` times the group's own factor."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_factor", 1.0)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Surrounds forward and backward of one micro-batch; `last` of this step."""
+        return nullcontext()
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        """The model's outputs, computed in the run's precision. Collective under fsdp and zero3."""
+        dtype = COMPUTE_DTYPES[self.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no"):
+            return self.model(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the global loss; shares are summed over ranks. Collective."""
+        (loss * (self.divides_by * self.loss_scale)).backward()
+
+    def grad_norm(self) -> float:
+        """L2 norm of the gradient of the global batch, before clipping; the same on all ranks; nan or inf where any part is. Collective."""
+        norm = nn.utils.get_total_norm(self._gradients())
+        return float(norm.full_tensor() if is_dtensor(norm) else norm) / self.loss_scale
+
+    def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
+        """Clip to `max_grad_norm`, move the weights, drop the gradients. Collective under zero."""
+        coefficient = clip_coefficient(grad_norm, max_grad_norm) / self.loss_scale
+        if coefficient != 1.0:
+            torch._foreach_mul_(self._gradients(), coefficient)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._grow_loss_scale()
+
+    def discard(self) -> None:
+        """Drop the gradients without a step; halves the fp16 loss scale. All ranks together."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._shrink_loss_scale()
+
+    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of a CPU batch on this rank's device; pinned and asynchronous on a GPU."""
+        if self.device.type == "cpu":
+            return dict(batch)
+        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    # Over ranks
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Sums in float64. Collective: one all-reduce."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum_array_over_ranks(self, array: Tensor) -> Tensor:
+        """Element-wise sum over ranks of a CPU tensor of the same shape everywhere. Collective."""
+        if self.world_size == 1:
+            return array
+        tensor = array.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu()
+
+    # Whole tensors
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without DDP's or DeepSpeed's wrapper. Under fsdp and zero3 its parameters are shards."""
+        return getattr(self.model, "module", self.model) if self.backend != "single" else self.model
+
+    def weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 tensor) of each parameter, whole, one at a time. Collective; every rank gets the tensors."""
+        for name, parameter in self._named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                yield name, self._whole_weight(parameter)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 gradient of the global batch before clipping), whole, between the last backward and the step. Collective."""
+        for name, parameter in self._named_parameters():
+            if parameter.requires_grad:
+                yield name, self._whole_gradient(parameter) / self.loss_scale
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((strip_wrapper(name), parameter) for name, parameter in self.model.named_parameters())
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        return whole(parameter.detach())
+
+    def _whole_gradient(self, parameter: nn.Parameter) -> Tensor:
+        return whole(parameter.grad) if parameter.grad is not None else torch.zeros_like(whole(parameter.detach()))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _grow_loss_scale(self) -> None:
+        self.good_steps += 1
+        if self.precision == "fp16" and self.good_steps % LOSS_SCALE_GROWTH_EVERY == 0:
+            self.loss_scale *= 2.0
+
+    def _shrink_loss_scale(self) -> None:
+        self.good_steps = 0
+        if self.precision == "fp16":
+            self.loss_scale = max(self.loss_scale / 2.0, 1.0)
+
+
+class PlainEngine(Engine):
+    """single and ddp."""
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last or self.backend == "single" else self.model.no_sync()
+
+
+class FsdpEngine(Engine):
+    """FSDP2: parameters, gradients and moments are DTensors, sharded over all ranks."""
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO-1/2/3. `accelerator.backward` would also step and clip; here each is a call of its own."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        if self.precision == "fp16":
+            self.model.optimizer.torch_autocast_gradscaler = None  # it would clip the scaled gradient; ours takes its place
+            self.model.optimizer.override_loss_scale(self.loss_scale)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss * self.divides_by, scale_wrt_gas=False)
+
+    def grad_norm(self) -> float:
+        zero = self.model.optimizer
+        if self.backend == "zero3":
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = float(combine_grad_norm_groups(zero._get_norm_groups()))
+        else:
+            norm = float(zero.scaled_global_norm())
+        return norm / self.loss_scale if norm >= 0 else math.inf  # DeepSpeed's -1 stands for a norm that is not finite
+
+    def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
+        self.model.step()  # clips by gradient_clipping of its configuration, which is max_grad_norm (wrap.configure_zero)
+        self._grow_loss_scale()
+        self._tell_loss_scale()
+
+    def discard(self) -> None:
+        # ZeRO's own step cleans up after a non-finite norm and moves nothing; make sure that it sees one.
+        for gradients in self.model.optimizer.averaged_gradients.values():
+            for gradient in gradients or ():
+                gradient.fill_(math.nan)
+        self.model.step()
+        self._shrink_loss_scale()
+        self._tell_loss_scale()
+
+    def _tell_loss_scale(self) -> None:
+        if self.precision == "fp16":
+            self.model.optimizer.override_loss_scale(self.loss_scale)
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter).detach()
+        with GatheredParameters([parameter], enabled=self.backend == "zero3"):
+            return parameter.detach().clone()
+
+    def _whole_gradient(self, parameter: nn.Parameter) -> Tensor:
+        if self.backend == "zero3":
+            from deepspeed.utils import safe_get_full_grad
+
+            return safe_get_full_grad(parameter)
+        return parameter.get_full_hp_grad()  # safe_get_full_grad prefers .grad, which ZeRO-1 leaves unreduced
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard; any other tensor itself. Collective for shards."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def clip_coefficient(grad_norm: float, max_grad_norm: float | None) -> float:
+    """What clipping multiplies the gradient by, with the 1e-6 that torch and DeepSpeed both use."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (grad_norm + 1e-6))

@@ -1,0 +1,69 @@
+"""What the launcher asked for, read from the environment it set. Pure: takes a mapping, changes nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.errors import BackendError
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The backend, precision and number of processes a run was started with."""
+
+    backend: str
+    """single, ddp, fsdp, zero1, zero2 or zero3."""
+    precision: str
+    """no (fp32), bf16 or fp16."""
+    world_size: int
+    on_cpu: bool
+    """The accelerate configuration asked for the CPU (`use_cpu: true`) even where there is a GPU."""
+    offload: bool = False
+    """Parameters or optimizer state live in host memory."""
+
+
+def read_request(environ: Mapping[str, str]) -> Request:
+    """The request that `accelerate launch`, torchrun or srun left in `environ`. Raises BackendError where it cannot be met."""
+    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in PRECISIONS:
+        raise BackendError(
+            f"mixed precision ({precision}) must be one of {', '.join(PRECISIONS)}; start with --mixed_precision bf16"
+        )
+    backend = _backend_name(environ)
+    return Request(
+        backend=backend,
+        precision=precision,
+        world_size=int(environ.get("WORLD_SIZE", "1")),
+        on_cpu=_is_true(environ, "ACCELERATE_USE_CPU"),
+        offload=_asks_for_offload(backend, environ),
+    )
+
+
+def _backend_name(environ: Mapping[str, str]) -> str:
+    if _is_true(environ, "ACCELERATE_USE_MEGATRON_LM"):
+        raise BackendError("the accelerate configuration asks for Megatron-LM, which samestep does not run; use fsdp or zero3")
+    if _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if stage not in ("1", "2", "3"):
+            raise BackendError(f"deepspeed_config.zero_stage ({stage}) must be 1, 2 or 3; for plain data parallelism use ddp")
+        return f"zero{stage}"
+    if _is_true(environ, "ACCELERATE_USE_FSDP"):
+        version = environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise BackendError(f"fsdp_config.fsdp_version ({version}) must be 2; FSDP1 is not supported")
+        return "fsdp"
+    return "ddp" if "LOCAL_RANK" in environ else "single"
+
+
+def _asks_for_offload(backend: str, environ: Mapping[str, str]) -> bool:
+    if backend == "fsdp":
+        return _is_true(environ, "FSDP_OFFLOAD_PARAMS")
+    devices = [environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
+    if backend.startswith("zero") and "nvme" in devices:
+        raise BackendError("deepspeed_config offload device (nvme) is not supported; use cpu")
+    return backend.startswith("zero") and "cpu" in devices
+
+
+def _is_true(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() in ("1", "true", "yes")

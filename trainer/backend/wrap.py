@@ -1,0 +1,151 @@
+"""How each backend wraps a model: what is sharded together, in which precision, and the proof that it happened."""
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from trainer.backend.request import Request
+from trainer.config import RunConfig
+from trainer.errors import BackendError
+
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default; 2 GB in fp32, so smaller models get smaller buckets
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's transformer blocks: the ModuleLists of one class that together hold the most parameters.
+
+    `_no_split_modules` is not enough: it names too much for tied embeddings (BertForMaskedLM) and nothing for XLNet.
+    An encoder and a decoder of different block classes are both returned.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1]
+    sized = [(sum(p.numel() for p in blocks.parameters()), blocks) for blocks in lists]
+    if not sized:
+        return []
+    largest = max(size for size, _ in sized)
+    inside: set[int] = set(chain.from_iterable((id(m) for b in blocks for m in b.modules()) for _, blocks in sized))
+    outer = [(size, blocks) for size, blocks in sized if id(blocks) not in inside]
+    return [block for size, blocks in outer if size * 4 >= largest for block in blocks]
+
+
+def modules_sharing_parameters(model: nn.Module) -> list[list[nn.Module]]:
+    """Groups of modules that own the same parameter (tied embeddings, tied biases), outermost module of each only."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    groups: list[set[nn.Module]] = []
+    for shared in (set(modules) for modules in owners.values() if len(modules) > 1):
+        touching = [group for group in groups if group & shared]
+        groups = [group for group in groups if group not in touching] + [shared.union(*touching)]
+    order = {module: position for position, module in enumerate(model.modules())}
+    return [sorted(_outermost(group), key=order.__getitem__) for group in groups]
+
+
+def _outermost(group: set[nn.Module]) -> list[nn.Module]:
+    return [m for m in group if not any(other is not m and m in set(other.modules()) for other in group)]
+
+
+def prepare_fsdp(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
+    """Tell FSDP2 what to wrap: one group per block, one per set of tied modules; fp32 master weights and fp32 reduction."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False  # every rank has already loaded the same weights
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
+    if precision != "no":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in repeated_blocks(model)})
+    for group in modules_sharing_parameters(model):
+        fully_shard(
+            group,
+            reshard_after_forward=False,
+            mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            offload_policy=plugin.cpu_offload,
+        )
+
+
+def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig, precision: str) -> None:
+    """Write samestep's settings into the DeepSpeed configuration before `prepare` reads it."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = settings["zero_optimization"]
+    zero |= zero_buckets(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        hidden_size=getattr(model.config, "hidden_size", 1024),
+        stage=zero["stage"],
+    )
+    if accelerator.device.type == "cpu":
+        zero["overlap_comm"] = False  # there are no streams to overlap on
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,  # required where no loader is prepared; only DeepSpeed's own sample counter reads it
+        "gradient_accumulation_steps": 1,  # ours: Engine.micro_batch sets the boundary, Trainer scales the loss
+        "gradient_clipping": config.optim.max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also under offload: one optimizer, the same numbers
+        "steps_per_print": None,
+    }
+    if precision != "no":
+        # An empty list keeps every parameter's communication in fp32; the default reduces the gradients of Linear layers in bf16.
+        dtype = str(COMPUTE_DTYPES[precision])
+        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+
+
+def zero_buckets(*, num_parameters: int, hidden_size: int, stage: int) -> dict[str, int]:
+    """Sizes in elements. DeepSpeed's default of 5e8 takes 2 GB per bucket in fp32, whatever the model."""
+    bucket = max(min(MAX_BUCKET_ELEMENTS, num_parameters), 1)
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        sizes["stage3_prefetch_bucket_size"] = min(bucket, 10 * hidden_size * hidden_size)
+        sizes["stage3_param_persistence_threshold"] = 10 * hidden_size  # norms and biases stay whole on every rank
+    return sizes
+
+
+def verify_wrapper(request: Request, wrapped: nn.Module, names: list[str]) -> None:
+    """Raise BackendError unless `wrapped` is what the backend asked for makes of a model with these parameter names."""
+    found = describe_wrapper(wrapped)
+    if found != request.backend:
+        raise BackendError(
+            f"asked for {request.backend}, but the model was wrapped as {found}; "
+            "this is a defect of samestep or of an unsupported Accelerate version: compare with launch/constraints.txt"
+        )
+    kept = Counter(strip_wrapper(name) for name, _ in wrapped.named_parameters())
+    if kept != Counter(names):
+        lost = sorted(set(names) ^ set(kept))[:3]
+        raise BackendError(f"{request.backend} changed the model's parameters while wrapping it, such as {', '.join(lost)}")
+    wrong = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong:
+        raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")
+
+
+def describe_wrapper(wrapped: nn.Module) -> str:
+    """The backend whose wrapper this module wears, read from the objects themselves."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return "ddp"
+    if isinstance(wrapped, FSDPModule):
+        blocks = repeated_blocks(wrapped)
+        sharded = all(isinstance(block, FSDPModule) for block in blocks)
+        return "fsdp" if sharded and all(is_dtensor(p) for p in wrapped.parameters()) else "fsdp with unsharded parts"
+    if hasattr(wrapped, "zero_optimization_stage"):
+        return f"zero{wrapped.zero_optimization_stage()}"
+    return "single"
+
+
+def is_dtensor(parameter: Any) -> bool:
+    """Whether FSDP2 holds this parameter as a shard."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def strip_wrapper(name: str) -> str:
+    """The parameter's name in the unwrapped model (DDP and DeepSpeed put `module.` before it)."""
+    return name.removeprefix("module.")

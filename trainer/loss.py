@@ -1,0 +1,20 @@
+"""Losses as sums over targets, so that the loop alone decides what they are divided by."""
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of what is no target: padding samples, later prompt tokens
+
+
+def classification_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over targets, in fp32.
+
+    logits: (B, C) any float dtype; labels: (B,) int64, -100 where not a target.
+    Returns a scalar, 0.0 without targets. Local to the rank: no collective.
+    """
+    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many targets have their highest logit at the label: a scalar, int64. Local to the rank."""
+    return (logits.argmax(dim=-1) == labels).sum()
