@@ -41,6 +41,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     # Precision is ours (Engine.forward): left to their defaults the backends mean three different things by bf16.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
+    if request.backend == "zero3":
+        _load_models_whole(accelerator)
     _verify_accelerator(accelerator, request)
     return accelerator
 
@@ -53,7 +55,7 @@ def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: to
     request = read_request(os.environ)
     names = [name for name, _ in model.named_parameters()]
     if request.backend == "fsdp":
-        wrap.prepare_fsdp(accelerator, model, request.precision)
+        wrap.prepare_fsdp(accelerator, model)
     elif request.backend.startswith("zero"):
         wrap.configure_zero(accelerator, model, config, request.precision)
     wrapped, prepared = accelerator.prepare(model, optimizer)
@@ -78,6 +80,18 @@ def _prepare_cpu_process_group(request: Request) -> None:
     PartialState(cpu=True)
     if request.backend == "fsdp":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _load_models_whole(accelerator: Accelerator) -> None:
+    """Keep transformers from sharding a model while it is built, which it does whenever Accelerate has a ZeRO-3 configuration.
+
+    Weights drawn per shard would differ from every other backend's, and `from_config` of a model with a padding index fails under it
+    (transformers 5.23, modeling_utils._init_weights: index 0 is out of bounds). `prepare` shards the model all the same.
+    """
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    accelerator.state.deepspeed_plugin.dschf = None
 
 
 def _verify_accelerator(accelerator: Accelerator, request: Request) -> None:

@@ -47,6 +47,11 @@ def _backend_name(environ: Mapping[str, str]) -> str:
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage not in ("1", "2", "3"):
             raise BackendError(f"deepspeed_config.zero_stage ({stage}) must be 1, 2 or 3; for plain data parallelism use ddp")
+        if stage == "3" and _is_true(environ, "ACCELERATE_DEEPSPEED_ZERO3_INIT"):
+            raise BackendError(
+                "deepspeed_config.zero3_init_flag (true) is not supported: new weights would be drawn per shard, and differ from "
+                "every other backend's; set it to false"
+            )
         return f"zero{stage}"
     if _is_true(environ, "ACCELERATE_USE_FSDP"):
         version = environ.get("FSDP_VERSION", "1")
