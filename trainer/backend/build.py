@@ -54,12 +54,16 @@ def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: to
     """
     request = read_request(os.environ)
     names = [name for name, _ in model.named_parameters()]
+    groups = wrap.names_by_group(optimizer, model)
     if request.backend == "fsdp":
-        wrap.prepare_fsdp(accelerator, model)
+        wrap.shard(accelerator, model)
+        wrap.rebind(optimizer, model, groups)
     elif request.backend.startswith("zero"):
         wrap.configure_zero(accelerator, model, config, request.precision)
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    wrap.verify_wrapper(request, wrapped, names)
+    if request.backend == "fsdp":
+        wrap.rebind(prepared.optimizer, wrapped, groups)
+    wrap.verify_wrapper(request, wrapped, prepared.optimizer, names)
     kind = {"single": PlainEngine, "ddp": PlainEngine, "fsdp": FsdpEngine}.get(request.backend, ZeroEngine)
     return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
 

@@ -50,22 +50,46 @@ def _outermost(group: set[nn.Module]) -> list[nn.Module]:
     return [m for m in group if not any(other is not m and m in set(other.modules()) for other in group)]
 
 
-def prepare_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
-    """Tell FSDP2 what to wrap: one group per block, one per set of tied modules. Weights are gathered and reduced in fp32.
+def shard(accelerator: Accelerator, model: nn.Module) -> None:
+    """FSDP2: one group per block, one per set of modules that share a parameter, the rest in the root's. In place.
 
-    Gathering in bf16 (`MixedPrecisionPolicy(param_dtype=bf16)`) would halve the traffic, but it rounds the weights of norms too:
-    measured on a small BERT, gradients end 1.9 x as far from fp32 as single's, with fp32 gathers 1.0 x
-    (tests/distributed/test_precision.py holds the limit of 1.5 x).
+    Done here and not by `accelerator.prepare`, which leaves a sharded model alone: it splits BertForMaskedLM's tied bias over two groups and
+    fails (accelerate 1.15, fsdp2_prepare_model). Weights are gathered and reduced in fp32. Gathering in bf16
+    (`MixedPrecisionPolicy(param_dtype=bf16)`) would halve the traffic, but it rounds the weights of norms too: measured on a small BERT,
+    gradients end 1.9 x as far from fp32 as single's, with fp32 gathers 1.0 x (the limit is 1.5 x).
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False  # every rank has already loaded the same weights
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
-    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in repeated_blocks(model)})
+    plugin.auto_wrap_policy = None  # prepare would look for block classes, which are renamed once sharded
+    offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    policy = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
+    if not offload:
+        model.to(accelerator.device)
+    blocks = repeated_blocks(model)
     for group in modules_sharing_parameters(model):
-        fully_shard(group, reshard_after_forward=False, offload_policy=plugin.cpu_offload)
+        fully_shard(group, reshard_after_forward=False, offload_policy=policy)
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=bool(plugin.reshard_after_forward), offload_policy=policy)
+    fully_shard(model, offload_policy=policy)
+    assert all(isinstance(module, FSDPModule) for module in (model, *blocks))
+
+
+def rebind(optimizer: torch.optim.Optimizer, model: nn.Module, names: list[list[str]]) -> None:
+    """Point the optimizer's groups at the model's present parameters by name. In place.
+
+    `accelerator.prepare` does so by address, which is 0 for every empty shard (first dimension smaller than the world size).
+    """
+    parameters = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, names, strict=True):
+        group["params"] = [parameters[name] for name in members]
+
+
+def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of the parameters of each optimizer group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig, precision: str) -> None:
@@ -103,7 +127,7 @@ def zero_buckets(*, num_parameters: int, hidden_size: int, stage: int) -> dict[s
     return sizes
 
 
-def verify_wrapper(request: Request, wrapped: nn.Module, names: list[str]) -> None:
+def verify_wrapper(request: Request, wrapped: nn.Module, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Raise BackendError unless `wrapped` is what the backend asked for makes of a model with these parameter names."""
     found = describe_wrapper(wrapped)
     if found != request.backend:
@@ -115,6 +139,10 @@ def verify_wrapper(request: Request, wrapped: nn.Module, names: list[str]) -> No
     if kept != Counter(names):
         lost = sorted(set(names) ^ set(kept))[:3]
         raise BackendError(f"{request.backend} changed the model's parameters while wrapping it, such as {', '.join(lost)}")
+    if not request.backend.startswith("zero"):  # ZeRO's optimizer holds flat buffers of its own
+        held, owned = {id(p) for g in optimizer.param_groups for p in g["params"]}, {id(p) for p in wrapped.parameters()}
+        if not held <= owned:
+            raise BackendError(f"{request.backend}: {len(held - owned)} of the optimizer's parameters are not the model's any more")
     wrong = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")
