@@ -41,8 +41,10 @@ BACKEND_ENV: dict[str, dict[str, str]] = {
     "zero1": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
     "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "zero2_offload": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-    "zero3_offload": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+    "zero2_offload": ZERO
+    | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+    "zero3_offload": ZERO
+    | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
 }
 BACKENDS = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
@@ -85,7 +87,13 @@ def run_ranks(
 
 def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun sets for one rank on one machine."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+    }
     return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
@@ -123,7 +131,11 @@ def _collect(results: Any, ranks: list[Any], timeout_s: float) -> list[tuple[int
         try:
             outcome = results.get(timeout=0.2)
         except queue.Empty:
-            dead = [rank for rank, p in enumerate(ranks) if p.exitcode not in (None, 0) and rank not in {o[0] for o in outcomes}]
+            dead = [
+                rank
+                for rank, p in enumerate(ranks)
+                if p.exitcode not in (None, 0) and rank not in {o[0] for o in outcomes}
+            ]
             if dead or time.monotonic() > deadline:
                 missing = sorted(set(range(len(ranks))) - {o[0] for o in outcomes})
                 outcomes.extend((rank, None, "no result: died or timed out") for rank in missing)

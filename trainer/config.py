@@ -120,7 +120,9 @@ class ClassificationData(Section):
     def _something_is_left_to_train_on(self) -> Self:
         held_out = (0 if self.validation else self.validation_fraction) + (0 if self.test else self.test_fraction)
         if held_out >= 1:
-            raise ValueError(f"validation_fraction + test_fraction ({held_out:g}) must be below 1; nothing would be left to train on")
+            raise ValueError(
+                f"validation_fraction + test_fraction ({held_out:g}) must be below 1; nothing would be left to train on"
+            )
         if not self.validation and self.validation_fraction == 0:
             raise ValueError("validation_fraction (0) must be above 0 where no validation split is named")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):

@@ -12,6 +12,7 @@ from trainer.backend.engine import Engine, FsdpEngine, PlainEngine, ZeroEngine
 from trainer.backend.request import Request, read_request
 from trainer.config import RunConfig
 from trainer.errors import BackendError, ConfigError
+from trainer.quiet import quiet_libraries
 
 EXPECTED_TYPES = {
     "single": (DistributedType.NO,),
@@ -28,6 +29,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
     Raises ConfigError where the global batch cannot be shared over the ranks and BackendError where another backend would run.
     """
+    quiet_libraries()
     request = read_request(os.environ)
     if config.train.global_batch_size < request.world_size:
         raise ConfigError(
@@ -47,7 +49,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Engine:
+def build_engine(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> Engine:
     """Wrap model and optimizer for the backend and verify the result. Every rank calls it once.
 
     The optimizer must have been made from the parameters of `model`; its groups keep their order and extra keys.

@@ -37,7 +37,9 @@ LOSS_SCALE_GROWTH_EVERY = 2000  # good steps before the scale doubles
 class Engine:
     """Wrapped model and optimizer of one backend. Every rank calls every method that says "collective"."""
 
-    def __init__(self, request: Request, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, request: Request, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         self.backend, self.precision, self.world_size = request.backend, request.precision, request.world_size
         self.rank, self.device = accelerator.process_index, accelerator.device
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
@@ -168,7 +170,9 @@ class ZeroEngine(Engine):
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         if self.precision == "fp16":
-            self.model.optimizer.torch_autocast_gradscaler = None  # it would clip the scaled gradient; ours takes its place
+            self.model.optimizer.torch_autocast_gradscaler = (
+                None  # it would clip the scaled gradient; ours takes its place
+            )
             self.model.optimizer.override_loss_scale(self.loss_scale)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -207,8 +211,8 @@ class ZeroEngine(Engine):
             self.model.optimizer.override_loss_scale(self.loss_scale)
 
     def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         if parameter.requires_grad:
             return safe_get_full_fp32_param(parameter).detach()

@@ -42,11 +42,15 @@ def read_request(environ: Mapping[str, str]) -> Request:
 
 def _backend_name(environ: Mapping[str, str]) -> str:
     if _is_true(environ, "ACCELERATE_USE_MEGATRON_LM"):
-        raise BackendError("the accelerate configuration asks for Megatron-LM, which samestep does not run; use fsdp or zero3")
+        raise BackendError(
+            "the accelerate configuration asks for Megatron-LM, which samestep does not run; use fsdp or zero3"
+        )
     if _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage not in ("1", "2", "3"):
-            raise BackendError(f"deepspeed_config.zero_stage ({stage}) must be 1, 2 or 3; for plain data parallelism use ddp")
+            raise BackendError(
+                f"deepspeed_config.zero_stage ({stage}) must be 1, 2 or 3; for plain data parallelism use ddp"
+            )
         if stage == "3" and _is_true(environ, "ACCELERATE_DEEPSPEED_ZERO3_INIT"):
             raise BackendError(
                 "deepspeed_config.zero3_init_flag (true) is not supported: new weights would be drawn per shard, and differ from "

@@ -22,7 +22,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     `_no_split_modules` is not enough: it names too much for tied embeddings (BertForMaskedLM) and nothing for XLNet.
     An encoder and a decoder of different block classes are both returned.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1]
+    lists = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1
+    ]
     sized = [(sum(p.numel() for p in blocks.parameters()), blocks) for blocks in lists]
     if not sized:
         return []
@@ -138,11 +140,18 @@ def verify_wrapper(request: Request, wrapped: nn.Module, optimizer: torch.optim.
     kept = Counter(strip_wrapper(name) for name, _ in wrapped.named_parameters())
     if kept != Counter(names):
         lost = sorted(set(names) ^ set(kept))[:3]
-        raise BackendError(f"{request.backend} changed the model's parameters while wrapping it, such as {', '.join(lost)}")
+        raise BackendError(
+            f"{request.backend} changed the model's parameters while wrapping it, such as {', '.join(lost)}"
+        )
     if not request.backend.startswith("zero"):  # ZeRO's optimizer holds flat buffers of its own
-        held, owned = {id(p) for g in optimizer.param_groups for p in g["params"]}, {id(p) for p in wrapped.parameters()}
+        held, owned = (
+            {id(p) for g in optimizer.param_groups for p in g["params"]},
+            {id(p) for p in wrapped.parameters()},
+        )
         if not held <= owned:
-            raise BackendError(f"{request.backend}: {len(held - owned)} of the optimizer's parameters are not the model's any more")
+            raise BackendError(
+                f"{request.backend}: {len(held - owned)} of the optimizer's parameters are not the model's any more"
+            )
     wrong = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")

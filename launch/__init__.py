@@ -1,0 +1,1 @@
+"""How runs start: command line, launch lines, pre-flight checks. Imports no torch at module level."""

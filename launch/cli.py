@@ -1,0 +1,173 @@
+"""The command `samestep`. Each command is a few lines; the work is in command.py, preflight.py, parity.py, predict.py.
+
+No torch at module level: `samestep --help` is quick and works on a login node.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
+from trainer.errors import ConfigError, SamestepError
+from trainer.resolve import error_text, json_schema
+
+SCHEMA_FILE = Path(__file__).resolve().parent.parent / "recipes" / "configs" / "schema.json"
+
+app = typer.Typer(
+    name="samestep",
+    help="One recipe. Any backend. The same step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(no_args_is_help=True, help="Tools for settings files.", rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's file, such as recipes/lora_sst2.py.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]
+ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings; may be repeated.")]
+Precision = Annotated[str, typer.Option(help="no (fp32), bf16 or fp16 (GPU only).")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console entry point: runs one command and exits, with 2 and no traceback for a user's mistake."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="samestep")
+    except SamestepError as error:
+        print(error_text(error), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    backend: Annotated[str | None, typer.Option(help=f"{', '.join(backend_names())}.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Ranks on this machine.")] = None,
+    precision: Precision = "no",
+    config: ConfigFiles = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the line, start nothing.")
+    ] = False,
+) -> None:
+    """Check everything, print the exact `accelerate launch` line, and run it.
+
+    Example: samestep run recipes/lora_sst2.py --backend fsdp --processes 2 optim.peak_lr=5e-4
+    """
+    options = RunOptions(recipe, backend, processes, precision, tuple(config or ()), tuple(overrides or ()))
+    from launch.preflight import check_run
+
+    check_run(options)
+    print(display_line(options), flush=True)
+    if not dry_run:
+        command = launch_command(options)
+        # exec: signals and the exit code are the launcher's own, and the memory of the checks is given back.
+        os.execve(command[0], command, os.environ | launch_environment(options))
+
+
+@app.command()
+def parity(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    backends: Annotated[
+        str, typer.Option(help="Which backends, separated by commas.")
+    ] = "single,ddp,fsdp,zero1,zero2,zero3",
+    processes: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2",
+    split: Annotated[str, typer.Option(help="MICRO-BATCHxACCUMULATION, separated by commas, such as 4x4,16x1.")] = "",
+    steps: Annotated[int, typer.Option(help="Optimizer steps to compare.", min=1)] = 5,
+    precision: Precision = "no",
+    config: ConfigFiles = None,
+) -> None:
+    """Run some steps on several backends from the same weights and samples; exit code 1 where they differ.
+
+    Example: samestep parity recipes/lora_sst2.py --backends single,ddp,zero3 --processes 1,2
+    """
+    names, counts = _words(backends), _counts(processes)
+    splits = [_split(word) for word in _words(split)]
+    options = RunOptions(recipe, precision=precision, configs=tuple(config or ()), overrides=tuple(overrides or ()))
+    from launch.parity import parity_command
+    from launch.preflight import check_parity
+
+    check_parity(options, names, counts, has_splits=bool(splits))
+    code = parity_command(
+        recipe,
+        backends=names,
+        processes=counts,
+        splits=splits,
+        steps=steps,
+        precision=precision,
+        configs=options.configs,
+        overrides=options.overrides,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/lora_sst2.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences.")] = None,
+    *,
+    file: Annotated[Path | None, typer.Option(help="File with one sentence a line; - is standard input.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Print label and confidence of each sentence, in batches.
+
+    Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
+    """
+    from launch.predict import predict_command
+
+    raise typer.Exit(predict_command(run_folder, list(texts or ()), file=file, as_json=as_json))
+
+
+@config_app.command()
+def schema(
+    out: Annotated[Path, typer.Option(help="Where to write it; - prints it.")] = SCHEMA_FILE,
+) -> None:
+    """Write the JSON schema of --config files, by which editors complete and check them.
+
+    Example: samestep config schema --out -
+    """
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if str(out) == "-":
+        print(text, end="")
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out ({out}): cannot be written: {error.strerror}; give another path") from None
+    print(f"wrote {out}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _counts(text: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(
+            f"--processes ({text}): must be whole numbers above 0, separated by commas; such as --processes 1,2"
+        )
+    return [int(word) for word in words]
+
+
+def _split(word: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", word)
+    if not found:
+        raise ConfigError(f"--split ({word}): must be MICRO-BATCHxACCUMULATION; such as --split 4x4,16x1")
+    return int(found.group(1)), int(found.group(2))
+
+
+if __name__ == "__main__":
+    main()

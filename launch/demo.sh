@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The README's first command: from a fresh machine to a trained adapter, its metrics and its run directory.
+#
+#   bash launch/demo.sh
+#   bash launch/demo.sh train.seed=1        # arguments go to the recipe
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" # DeepSpeed looks for ninja there
+accelerate launch recipes/lora_sst2.py "$@"

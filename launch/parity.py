@@ -1,0 +1,259 @@
+"""`samestep parity RECIPE`: the same steps on every backend, compared number by number.
+
+Each variant (backend, processes, micro-batch split) is a real `accelerate launch` of the recipe with `probe.folder` set, from the same
+weights and samples; see trainer/probe.py for what it records. The reference is `single` in fp32 on the whole global batch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.command import RunOptions, launch_command, launch_environment
+from trainer.errors import BackendError, ConfigError
+
+LOSS_TOLERANCE = 1e-5  # relative, of the loss and the gradient norm of every step
+GRADIENT_TOLERANCE = 1e-5  # L2 of the difference over L2 of the gradient, step 1
+UPDATE_TOLERANCE = 1e-3  # the same for the whole update; see NOTE
+BF16_FACTOR = 1.5  # a backend may be this much farther from fp32 than single is
+NOTE = (
+    "Dropout is off and a quarter of the labels is hidden, so that ranks hold unequal numbers of targets. The update's tolerance is wider: "
+    "where the true gradient is zero, as in attention key biases, Adam turns rounding noise into full-size updates."
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to share the same global batch."""
+
+    backend: str
+    processes: int = 1
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    precision: str = "no"
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and folders."""
+        split = f" {self.micro_batch}x{self.accumulation}" if self.micro_batch else ""
+        return f"{self.backend} x{self.processes}{split}" + ("" if self.precision == "no" else f" {self.precision}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one variant did: record.json and tensors.safetensors of its probe."""
+
+    label: str
+    facts: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def series(self, key: str) -> list[float]:
+        """One number per step."""
+        return [float(step[key]) for step in self.facts["steps"]]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far a variant is from the reference, relative; and what differs that must be identical."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    update: float
+    broken: tuple[str, ...]
+
+
+def parity_command(
+    recipe: Path,
+    *,
+    backends: Sequence[str],
+    processes: Sequence[int],
+    splits: Sequence[tuple[int, int]],
+    steps: int,
+    precision: str,
+    configs: Sequence[Path],
+    overrides: Sequence[str],
+) -> int:
+    """Run and compare all variants, print the table, return 0 where all agree and 1 where one does not."""
+    console = Console()
+    variants = plan_variants(backends, processes, splits, precision)
+    overrides = [*overrides, f"probe.steps={steps}", *global_batch_override(variants, overrides)]
+    with tempfile.TemporaryDirectory(prefix="samestep-parity-") as folder:
+        records = []
+        for variant in variants:
+            with console.status(f"{variant.label}: {steps} steps"):
+                records.append(run_variant(recipe, variant, Path(folder), configs, overrides))
+        rows = judge(variants, records)
+    console.print(build_table(rows, records[0], precision))
+    console.print(NOTE, style="dim")
+    failed = [record.label for record, _, verdict in rows if verdict != "same"]
+    console.print(
+        f"parity: {'FAILED for ' + ', '.join(failed) if failed else f'all {len(rows)} variants take the same steps'}"
+    )
+    return 1 if failed else 0
+
+
+def plan_variants(
+    backends: Sequence[str], processes: Sequence[int], splits: Sequence[tuple[int, int]], precision: str
+) -> list[Variant]:
+    """The reference first, then every combination; `single` runs with one process only."""
+    variants = [Variant("single")]
+    for backend in backends:
+        for count in (1,) if backend == "single" else [n for n in processes if n > 1] or (2,):
+            for micro, accumulation in splits or ((None, None),):
+                variants.append(Variant(backend, count, micro, accumulation, precision))
+    if precision != "no":
+        variants.insert(1, Variant("single", precision=precision))  # the yardstick
+    return list(dict.fromkeys(variants))
+
+
+def global_batch_override(variants: Sequence[Variant], overrides: Sequence[str]) -> list[str]:
+    """The global batch that the splits imply, as an override; ConfigError where they imply different ones."""
+    sizes = {v.micro_batch * v.accumulation * v.processes: v for v in variants if v.micro_batch and v.accumulation}
+    if not sizes:
+        return []
+    if len(sizes) > 1:
+        implied = ", ".join(f"{size} ({variant.label})" for size, variant in sorted(sizes.items()))
+        raise ConfigError(
+            f"--split: micro-batch x accumulation x processes must give one global batch, but gives {implied}"
+        )
+    size = next(iter(sizes))
+    given = [text for text in overrides if text.startswith("train.global_batch_size=")]
+    if given and given[-1] != f"train.global_batch_size={size}":
+        raise ConfigError(
+            f"--split implies train.global_batch_size={size}, but {given[-1]} was given; leave one of them out"
+        )
+    return [f"train.global_batch_size={size}"]
+
+
+def run_variant(
+    recipe: Path, variant: Variant, folder: Path, configs: Sequence[Path], overrides: Sequence[str]
+) -> Record:
+    """Launch the recipe as this variant and read its record. Raises BackendError with the end of its output where it fails."""
+    target = folder / variant.label.replace(" ", "_")
+    own = [f"probe.folder={target}"] + (
+        [f"train.micro_batch_size={variant.micro_batch}"] if variant.micro_batch else []
+    )
+    options = RunOptions(
+        recipe=recipe,
+        backend=variant.backend,
+        processes=variant.processes,
+        precision=variant.precision,
+        configs=tuple(configs),
+        overrides=(*overrides, *own),
+    )
+    started = time.perf_counter()
+    environment = os.environ | launch_environment(options)
+    result = subprocess.run(launch_command(options), env=environment, capture_output=True, text=True)
+    if result.returncode != 0 or not (target / "record.json").exists():
+        output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-25:])
+        raise BackendError(
+            f"{variant.label}: the run ended with code {result.returncode} and no record. Its last lines:\n{output}"
+        )
+    print(f"{variant.label:<20} {time.perf_counter() - started:6.1f} s", file=sys.stderr)
+    return read_record(variant.label, target)
+
+
+def read_record(label: str, folder: Path) -> Record:
+    """Read back what trainer/probe.py wrote."""
+    from safetensors.numpy import load_file
+
+    return Record(label, json.loads((folder / "record.json").read_text()), load_file(folder / "tensors.safetensors"))
+
+
+def judge(variants: Sequence[Variant], records: Sequence[Record]) -> list[tuple[Record, Differences, str]]:
+    """One row per variant but the reference: its differences from fp32 single, and the verdict."""
+    reference = records[0]
+    rows = [(record, compare(reference, record)) for record in records[1:]]
+    yardstick = rows[0][1] if variants[-1].precision != "no" else None
+    return [(record, found, verdict(found, yardstick)) for record, found in rows]
+
+
+def compare(reference: Record, other: Record) -> Differences:
+    """Relative differences; `broken` names what must be identical and is not."""
+    return Differences(
+        loss=largest_relative(reference.series("loss"), other.series("loss")),
+        grad_norm=largest_relative(reference.series("grad_norm"), other.series("grad_norm")),
+        gradient=relative_distance(reference.tensors, other.tensors, "gradient."),
+        update=relative_distance(reference.tensors, other.tensors, "update."),
+        broken=tuple(broken_promises(reference.facts, other.facts)),
+    )
+
+
+def broken_promises(reference: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What must be equal to the last bit: starting weights, samples, learning rates; and the data must be a fair test."""
+    problems = []
+    if reference["weights_before"] != other["weights_before"]:
+        problems.append("starting weights differ")
+    for key, words in (("sample_ids", "samples differ"), ("lr", "learning rates differ")):
+        if [step[key] for step in reference["steps"]] != [step[key] for step in other["steps"]]:
+            problems.append(words)
+    targets = [step["targets_per_rank"] for step in other["steps"]]
+    if other["world_size"] > 1 and all(len(set(counts)) == 1 for counts in targets):
+        problems.append("every rank had the same number of targets: not a test of unequal shares")
+    if [sum(counts) for counts in targets] != [sum(step["targets_per_rank"]) for step in reference["steps"]]:
+        problems.append("numbers of targets differ")
+    return problems
+
+
+def verdict(found: Differences, yardstick: Differences | None) -> str:
+    """`same`, or what disagrees. With a yardstick (bf16) the rule is promise 2's: at most 1.5 x single's own distance from fp32."""
+    if found.broken:
+        return "; ".join(found.broken)
+    if yardstick is None:
+        limits = {
+            "loss": LOSS_TOLERANCE,
+            "grad_norm": LOSS_TOLERANCE,
+            "gradient": GRADIENT_TOLERANCE,
+            "update": UPDATE_TOLERANCE,
+        }
+    else:
+        limits = {"gradient": BF16_FACTOR * yardstick.gradient, "update": BF16_FACTOR * yardstick.update}
+    wrong = [name for name, limit in limits.items() if not getattr(found, name) <= limit]
+    return "differs: " + ", ".join(wrong) if wrong else "same"
+
+
+def largest_relative(reference: Sequence[float], other: Sequence[float]) -> float:
+    """The largest |other - reference| / |reference| over the steps; infinite where the lengths differ."""
+    if len(reference) != len(other):
+        return float("inf")
+    return max(abs(b - a) / max(abs(a), 1e-30) for a, b in zip(reference, other, strict=True))
+
+
+def relative_distance(reference: dict[str, Any], other: dict[str, Any], prefix: str) -> float:
+    """L2 of the difference over L2 of the reference, over all tensors whose name starts with `prefix`, in float64."""
+    names = {name for name in reference if name.startswith(prefix)}
+    if names != {name for name in other if name.startswith(prefix)}:
+        return float("inf")
+    difference = sum(float(((other[n].astype("f8") - reference[n].astype("f8")) ** 2).sum()) for n in sorted(names))
+    size = sum(float((reference[n].astype("f8") ** 2).sum()) for n in sorted(names))
+    return float((difference / max(size, 1e-300)) ** 0.5)
+
+
+def build_table(rows: Sequence[tuple[Record, Differences, str]], reference: Record, precision: str) -> Table:
+    """The report: the reference's numbers in the caption, one line per variant."""
+    table = Table(title=f"parity against {reference.label} in fp32, {len(reference.facts['steps'])} steps")
+    for heading in ("variant", "loss", "grad norm", "gradient", "update", "verdict"):
+        table.add_column(
+            heading, justify="left" if heading in ("variant", "verdict") else "right", no_wrap=heading != "verdict"
+        )
+    for record, found, word in rows:
+        numbers = [f"{value:.1e}" for value in (found.loss, found.grad_norm, found.gradient, found.update)]
+        table.add_row(record.label, *numbers, word, style=None if word == "same" else "bold red")
+    losses = " ".join(f"{loss:.6f}" for loss in reference.series("loss"))
+    norms = " ".join(f"{norm:.6f}" for norm in reference.series("grad_norm"))
+    if precision == "no":
+        limits = f"limits {LOSS_TOLERANCE:g} {LOSS_TOLERANCE:g} {GRADIENT_TOLERANCE:g} {UPDATE_TOLERANCE:g}"
+    else:
+        limits = f"limit: {BF16_FACTOR:g} x the distance of single {precision} in gradient and update"
+    table.caption = f"relative differences; {limits}\nreference loss {losses}\nreference gradient norm {norms}"
+    return table

@@ -1,0 +1,148 @@
+"""`samestep predict`: label and confidence of texts from the command line, a file or a pipe.
+
+Place in the flow: launch/cli.py hands the arguments over; trainer/predict.py does the work. Results go to standard
+output, one line a text and in order; counts and speed go to standard error. Nothing heavy is imported before the run
+directory is found.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import ConfigError, DataError
+from trainer.quiet import quiet_libraries
+from trainer.run_folder import find_exported
+from trainer.screen import print_plain
+
+if TYPE_CHECKING:
+    from trainer.predict import Prediction, Predictor
+
+TEXTS_AT_ONCE = 4096
+"""Texts read, predicted and printed before the next ones are read: a file of any size fits."""
+
+
+def predict_command(
+    run: Path, texts: list[str], *, file: Path | None = None, batch_size: int = 64, as_json: bool = False
+) -> int:
+    """Predict the texts, then the lines of `file`; `-`, or neither, is standard input. Returns the exit code.
+
+    Raises CheckpointError where `run` has no exported model, DataError for a file or text that cannot be read.
+    """
+    folder = find_exported(run)
+    sources = Sources(texts, file)
+    quiet_libraries()
+    from trainer.predict import load_predictor
+
+    predictor = load_predictor(folder)
+    try:
+        totals = _predict_all(predictor, sources.lines(), batch_size=batch_size, as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        return 0
+    if totals.num_texts == 0:
+        raise DataError(f"{sources.name} has no text; give one in quotes, --file FILE with one a line, or pipe them in")
+    _report(totals, sources, predictor.max_length)
+    return 0
+
+
+class Sources:
+    """Where the texts come from, and which lines were empty."""
+
+    def __init__(self, texts: list[str], file: Path | None) -> None:
+        """Checks what can be checked before a model loads."""
+        self.texts, self.file = texts, file
+        self.empty_lines: list[int] = []
+        if file is None and not texts:
+            if sys.stdin is None or sys.stdin.isatty():
+                raise ConfigError(
+                    "no text to predict; give one in quotes, --file FILE with one a line, or pipe them in"
+                )
+            self.file = Path("-")
+        if any(not text.strip() for text in texts):
+            raise DataError("an empty text was given on the command line; leave it out")
+        if self.file is not None and str(self.file) != "-" and not self.file.is_file():
+            raise DataError(f"--file ({self.file}) is not a file; give a text file with one sentence a line")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "standard input" if str(self.file) == "-" else f"--file ({self.file})"
+
+    def lines(self) -> Iterator[str]:
+        """Every text, in order; empty lines are left out and their numbers kept."""
+        yield from self.texts
+        if self.file is None:
+            return
+        handle = sys.stdin.fileno() if str(self.file) == "-" else self.file
+        number = 0
+        try:
+            with open(handle, encoding="utf-8-sig", closefd=handle is self.file) as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield line.rstrip("\r\n")
+                    else:
+                        self.empty_lines.append(number)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.name} is not UTF-8 after line {number} ({error.reason}); convert it, with iconv say"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read: {error.strerror}") from None
+
+
+@dataclass
+class Totals:
+    """What the report on standard error counts."""
+
+    num_texts: int = 0
+    num_cut: int = 0
+    elapsed_s: float = 0.0
+
+
+def _predict_all(predictor: "Predictor", lines: Iterable[str], *, batch_size: int, as_json: bool) -> Totals:
+    totals, remaining = Totals(), iter(lines)
+    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+        started = time.perf_counter()
+        predictions = predictor.predict(chunk, batch_size)
+        totals.elapsed_s += time.perf_counter() - started
+        totals.num_texts += len(chunk)
+        totals.num_cut += sum(prediction.is_cut for prediction in predictions)
+        width = max(map(len, predictor.label_names))
+        for text, prediction in zip(chunk, predictions, strict=True):
+            print_plain(sys.stdout, json_words(text, prediction) if as_json else plain_words(text, prediction, width))
+    return totals
+
+
+def plain_words(text: str, prediction: "Prediction", width: int) -> str:
+    """Label, confidence and text in columns; a text of several lines becomes one."""
+    return f"{prediction.label:<{width}}  {prediction.confidence:.4f}  {' '.join(text.split())}"
+
+
+def json_words(text: str, prediction: "Prediction") -> str:
+    """One JSON object, with the probability of every label."""
+    values = {
+        "text": text,
+        "label": prediction.label,
+        "confidence": prediction.confidence,
+        "probabilities": prediction.probabilities,
+        "is_cut": prediction.is_cut,
+    }
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _report(totals: Totals, sources: Sources, max_length: int) -> None:
+    speed = totals.num_texts / max(totals.elapsed_s, 1e-9)
+    noun = "text" if totals.num_texts == 1 else "texts"
+    lines = [f"{totals.num_texts:,} {noun} in {totals.elapsed_s:.2f} s, {speed:,.0f} a second"]
+    if totals.num_cut:
+        lines.append(f"{totals.num_cut:,} longer than the model's {max_length} tokens; their ends were not read")
+    if sources.empty_lines:
+        first = ", ".join(map(str, sources.empty_lines[:5])) + (", ..." if len(sources.empty_lines) > 5 else "")
+        lines.append(f"{len(sources.empty_lines):,} empty lines of {sources.name} were left out: {first}")
+    print("\n".join(lines), file=sys.stderr)

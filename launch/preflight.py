@@ -1,0 +1,187 @@
+"""Checks before anything is launched: recipe, settings, backend, data, layer names.
+
+One process, no weights; every problem is reported at once.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from pydantic import ValidationError
+
+from launch.command import PRECISIONS, RunOptions, backend_names
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+from trainer.resolve import try_resolve
+from trainer.resolve.inputs import input_problems
+from trainer.resolve.suggest import nearest_word
+
+RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What matters of the machine a run starts on."""
+
+    num_gpus: int
+    has_bf16: bool
+    has_deepspeed: bool
+    has_compiler: bool
+
+
+def check_run(options: RunOptions) -> None:
+    """Raise ConfigError with the problems of all checks, if there are any."""
+    done = options.complete()
+    assert done.processes is not None
+    problems = [*backend_problems(done, this_machine()), *recipe_problems(done, done.processes)]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def check_parity(options: RunOptions, backends: Sequence[str], processes: Sequence[int], *, has_splits: bool) -> None:
+    """The same for all variants of `samestep parity`. With splits the global batch follows from them and fits."""
+    machine = this_machine()
+    most = max(processes)
+    problems: list[str] = []
+    for backend in backends:
+        count = 1 if backend == "single" else max(2, most)
+        problems += backend_problems(replace(options, backend=backend, processes=count), machine)
+    problems += recipe_problems(options, 1 if has_splits else most)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
+def recipe_problems(options: RunOptions, world_size: int) -> list[str]:
+    """Problems with the recipe, its settings, and the data and model that they name."""
+    try:
+        defaults = load_recipe(options.recipe).DEFAULTS
+    except ConfigError as error:
+        return list(error.problems)
+    attempt = try_resolve(type(defaults), defaults, options.configs, options.overrides, world_size)
+    if attempt.resolved is None:
+        return list(attempt.problems)
+    return [*attempt.problems, *input_problems(attempt.resolved.config, attempt.problems)]
+
+
+def load_recipe(path: Path) -> ModuleType:
+    """Import a recipe from its file. Raises ConfigError unless it defines DEFAULTS and main.
+
+    Its own bugs keep their traceback.
+    """
+    if not path.is_file():
+        raise ConfigError(f"recipe ({path}): there is no such file; {_recipe_fix(path)}")
+    try:
+        module = _import_file(path)
+    except ValidationError as error:
+        raise ConfigError(*_recipe_problems(path, error)) from None
+    if not isinstance(getattr(module, "DEFAULTS", None), RunConfig) or not callable(getattr(module, "main", None)):
+        raise ConfigError(
+            f"recipe ({path}): must define DEFAULTS = RunConfig(...) and main(config); start from recipes/lora_sst2.py"
+        )
+    return module
+
+
+def backend_problems(options: RunOptions, machine: Machine) -> list[str]:
+    """Why this backend, number of processes or precision cannot run on this machine."""
+    backend, processes = options.backend or "", 1 if options.processes is None else options.processes
+    if backend not in backend_names():
+        near = nearest_word(backend, backend_names())
+        names = ", ".join(backend_names())
+        return [
+            f"--backend ({backend}): must be one of {names}" + (f"; did you mean {near}?" if near else "; choose one")
+        ]
+    problems = [_process_problem(backend, processes, machine), _precision_problem(options.precision, machine)]
+    if backend.startswith("zero"):
+        problems.append(_deepspeed_problem(backend, machine))
+    return [problem for problem in problems if problem]
+
+
+def this_machine() -> Machine:
+    """Look at the machine; imports torch."""
+    import torch
+
+    on_gpu = torch.accelerator.is_available()
+    return Machine(
+        num_gpus=torch.accelerator.device_count() if on_gpu else 0,
+        has_bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),
+        has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
+        has_compiler=shutil.which(os.environ.get("CXX", "g++")) is not None,
+    )
+
+
+def _process_problem(backend: str, processes: int, machine: Machine) -> str | None:
+    if processes < 1:
+        return f"--processes ({processes}): must be at least 1; set --processes 1"
+    if backend == "single" and processes > 1:
+        return f"--processes ({processes}): --backend single runs one process; choose --backend ddp or --processes 1"
+    if backend != "single" and processes == 1 and not machine.num_gpus:
+        return (
+            f"--backend ({backend}): on CPU it needs at least 2 processes, or accelerate would run something else; "
+            "set --processes 2 or --backend single"
+        )
+    if machine.num_gpus and processes > machine.num_gpus:
+        return (
+            f"--processes ({processes}): this machine has {machine.num_gpus} GPUs, one for each process; "
+            f"set --processes {machine.num_gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on CPU"
+        )
+    return None
+
+
+def _precision_problem(precision: str, machine: Machine) -> str | None:
+    if precision not in PRECISIONS:
+        return f"--precision ({precision}): must be one of {', '.join(PRECISIONS)}; no is fp32"
+    if precision == "fp16" and not machine.num_gpus:
+        return "--precision (fp16): needs a GPU, and this machine has none; use --precision bf16 or no"
+    if precision == "bf16" and not machine.has_bf16:
+        return "--precision (bf16): this GPU does not compute in bf16; use --precision fp16 or no"
+    return None
+
+
+def _deepspeed_problem(backend: str, machine: Machine) -> str | None:
+    if not machine.has_deepspeed:
+        return f"--backend ({backend}): needs the package deepspeed; run `bash launch/setup.sh`, or use --backend fsdp"
+    if not machine.num_gpus and not machine.has_compiler:
+        return (
+            f"--backend ({backend}): DeepSpeed compiles a part of itself on CPU and finds no C++ compiler; "
+            "install g++ (Debian: apt-get install g++), or use --backend fsdp"
+        )
+    return None
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Run a recipe's file as a module, with its folder on sys.path as it would be for a script."""
+    spec = importlib.util.spec_from_file_location(f"samestep_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"recipe ({path}): must be a Python file (.py); {_recipe_fix(path)}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of the recipe look themselves up there
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _recipe_fix(path: Path) -> str:
+    recipes = {found.stem: found for found in sorted(RECIPE_FOLDER.glob("*.py"))}
+    near = nearest_word(path.stem, recipes)
+    here = Path.cwd()
+    if near is None:
+        return "give the path of a recipe, such as recipes/lora_sst2.py"
+    found = recipes[near]
+    return f"did you mean {found.relative_to(here) if found.is_relative_to(here) else found}?"
+
+
+def _recipe_problems(path: Path, error: ValidationError) -> list[str]:
+    """The recipe's own mistakes in DEFAULTS, by the class and field they are in."""
+    problems = []
+    for detail in error.errors(include_url=False):
+        name = ".".join([error.title, *map(str, detail["loc"])])
+        problems.append(f"recipe ({path}): {name} ({detail['input']}): {detail['msg']}; correct DEFAULTS")
+    return problems

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The README's second command: sets up, checks style and types, runs the tests. People and CI use this one script.
+#
+#   bash launch/test.sh                      # everything but tests marked slow or all: under 20 minutes on 2 cores
+#   bash launch/test.sh --slow               # only tests marked slow
+#   bash launch/test.sh --all                # only tests marked all, which CI has no time for
+#   bash launch/test.sh tests/data -k sst    # further arguments go to pytest
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# What the tests need from Debian: "command that succeeds where it is there | package".
+readonly needs=(
+  "command -v python3|python3"
+  "command -v python3-config|python3-dev"
+  "python3 -c 'import venv, ensurepip'|python3-venv"
+  "command -v c++|g++"
+)
+
+install_missing_packages() {
+  local need missing=()
+  for need in "${needs[@]}"; do
+    bash -c "${need%|*}" >/dev/null 2>&1 || missing+=("${need##*|}")
+  done
+  if ((${#missing[@]} == 0)); then return; fi
+  if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+    printf 'samestep test: missing: %s. On Debian or Ubuntu: sudo apt-get install %s\n' "${missing[*]}" "${missing[*]}" >&2
+    exit 2
+  fi
+  printf 'samestep test: installing %s\n' "${missing[*]}"
+  if ! { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "${missing[@]}"; } >/dev/null; then
+    printf 'samestep test: apt-get could not install %s (see above); check the network and install them.\n' "${missing[*]}" >&2
+    exit 2
+  fi
+}
+
+selection="not slow and not all"
+case ${1-} in
+  --slow) selection="slow and not all" && shift ;;
+  --all) selection="all" && shift ;;
+esac
+
+install_missing_packages
+bash launch/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+ruff format --check .
+ruff check --quiet .
+mypy
+exec python -m pytest -m "$selection" "$@"

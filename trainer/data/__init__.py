@@ -1,0 +1,1 @@
+"""From files, assets and hub datasets to identical global batches."""

@@ -1,0 +1,76 @@
+"""Which samples make up which global batch, and which rank gets which of them. Pure: numpy in, numpy out.
+
+The order is a function of (lengths, batch size, seed, epoch) and of nothing else: any number of ranks and any micro-batch size see
+the same global batches. Invariant: an epoch holds every sample exactly once.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+POOL_BATCHES = 50  # batches sorted by length together: similar lengths inside a batch, and still 50 ways to fill it
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def epoch_batches(lengths: Ids, batch_size: int, seed: int, epoch: int, *, group_by_length: bool) -> list[Ids]:
+    """The global batches of one epoch; the last, smaller one comes last. Inside a batch samples are sorted by length.
+
+    lengths: (N,) tokens per sample. group_by_length puts samples of similar length together: shuffle, sort pools of
+    POOL_BATCHES batches by length, cut, and shuffle the batches.
+    """
+    order = permutation(len(lengths), seed, epoch, 0)
+    if group_by_length:
+        pool = POOL_BATCHES * batch_size
+        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+        order = np.concatenate([by_length(ids, lengths) for ids in pools]) if pools else order
+    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rest = [cut.pop()] if cut and len(cut[-1]) < batch_size else []
+    shuffled = [cut[position] for position in permutation(len(cut), seed, epoch, 1)] if group_by_length else cut
+    return [by_length(ids, lengths) for ids in (*shuffled, *rest)]
+
+
+def by_length(ids: Ids, lengths: Ids) -> Ids:
+    """The same ids, shortest first; ties keep their order."""
+    return ids[np.argsort(lengths[ids], kind="stable")]
+
+
+def rank_share(batch: Ids, rank: int, world_size: int) -> Ids:
+    """What `rank` holds of a global batch: sample i of b belongs to rank floor(i * world_size / b)."""
+    owners = np.arange(len(batch)) * world_size // max(len(batch), 1)
+    return batch[owners == rank]
+
+
+def micro_batches(batch: Ids, rank: int, world_size: int, micro_batch_size: int | None) -> list[Ids]:
+    """A rank's share cut into micro-batches, as many on every rank; where a rank runs out, they are empty."""
+    share, largest = rank_share(batch, rank, world_size), math.ceil(len(batch) / world_size)
+    size = micro_batch_size or max(largest, 1)
+    return [share[start : start + size] for start in range(0, max(largest, 1), size)]
+
+
+def evaluation_batches(lengths: Ids, batch_size: int, world_size: int) -> list[Ids]:
+    """All samples once, shortest first, in global batches of at most batch_size per rank."""
+    order, size = np.argsort(lengths, kind="stable"), batch_size * world_size
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def permutation(count: int, *key: int) -> Ids:
+    """A random order of 0..count-1, from our own counter-based generator: numpy's streams differ between its versions."""
+    return np.argsort(random_words(count, *key), kind="stable")
+
+
+def random_words(count: int, *key: int) -> NDArray[np.uint64]:
+    """`count` 64-bit words that depend on `key` alone: SplitMix64 (Steele et al., OOPSLA 2014) at consecutive counters."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mix(state + np.array([part % 2**64], np.uint64) + GOLDEN_GAMMA)
+    counters = np.arange(1, count + 1, dtype=np.uint64)
+    return _mix(state + counters * GOLDEN_GAMMA)
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

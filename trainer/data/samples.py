@@ -1,0 +1,157 @@
+"""From a table to samples with class ids: which rows can be used, and a report of those that cannot.
+
+Between trainer/data/tables.py and the splits. Invariant: every row of a table ends as a sample or in the report.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+
+from trainer.config import ClassificationData
+from trainer.data.tables import Table
+from trainer.errors import DataError
+
+MOST_SHOWN = 5
+"""Bad rows shown with their place; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Usable rows in the order of their source."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    """Second texts, for sentence pairs."""
+    labels: np.ndarray
+    """(N,) int64 class ids."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """The samples at these positions."""
+        pairs = None if self.pairs is None else [self.pairs[row] for row in rows]
+        return Samples([self.texts[row] for row in rows], pairs, self.labels[rows])
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used."""
+
+    line: int
+    kind: str
+    detail: str = ""
+
+
+def label_set(table: Table, data: ClassificationData) -> tuple[str, ...]:
+    """`data.labels`; or a hub dataset's own class names; or the sorted labels of the table, by value where all are integers."""
+    if data.labels is not None:
+        return data.labels
+    names = table.class_names.get(data.label)
+    if names is None:
+        found = {name for name in map(label_name, table.columns[data.label]) if name}
+        names = tuple(sorted(found, key=int if all(map(_is_integer, found)) else None))
+    if len(names) < 2:
+        raise DataError(
+            f"data.label ({data.label}): {table.name} holds {len(names) or 'no'} label{' ' + repr(names[0]) if names else 's'}, "
+            "and two or more classes are needed; name the column of the labels"
+        )
+    return names
+
+
+def label_name(value: object) -> str | None:
+    """A label as text: 3, 3.0 and "3" are one label. None where there is no label; "" where it can be no class name."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else ""
+    if value is None or isinstance(value, str):
+        return value.strip() or None if value else None
+    return str(value) if isinstance(value, int) else ""
+
+
+def read_samples(table: Table, data: ClassificationData, names: Sequence[str]) -> tuple[Samples, list[BadRow]]:
+    """The usable rows of a table, and the others in the order of the file. names: the label set, in the order of class ids."""
+    texts, pairs = table.columns[data.text], table.columns[data.text_pair] if data.text_pair else None
+    labels = _label_column(table, data.label)
+    class_ids = {name: index for index, name in enumerate(names)}
+    good, bad = [], [BadRow(row.line, "malformed row", row.reason) for row in table.malformed]
+    for row, line in enumerate(table.lines):
+        kind, detail = _problem(texts[row], pairs[row] if pairs is not None else "-", labels[row], class_ids)
+        if kind:
+            bad.append(BadRow(line, kind, detail))
+        else:
+            good.append(row)
+    ids = np.array([class_ids[str(label_name(labels[row]))] for row in good], dtype=np.int64)
+    samples = Samples(
+        [str(texts[row]) for row in good], None if pairs is None else [str(pairs[row]) for row in good], ids
+    )
+    return samples, sorted(bad, key=lambda row: row.line)
+
+
+def is_unlabelled(table: Table, data: ClassificationData, names: Sequence[str]) -> bool:
+    """Whether no row has a label, as in a hub's test split, which has -1 everywhere."""
+    hidden = {None} if "-1" in names else {None, "-1"}
+    return all(label_name(value) in hidden for value in table.columns[data.label])
+
+
+def bad_rows_report(table: Table, bad: Sequence[BadRow]) -> str:
+    """Bad rows by kind with their count, and the first of them with their place."""
+    kinds: dict[str, list[BadRow]] = {}
+    for row in bad:
+        kinds.setdefault(row.kind, []).append(row)
+    lines = []
+    for kind, rows in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        lines.append(f"  {kind}: {len(rows):,}")
+        shown = rows[: max(1, MOST_SHOWN // len(kinds))]
+        lines += [f"    {table.place(row.line)}{': ' + row.detail if row.detail else ''}" for row in shown]
+    return "\n".join(lines)
+
+
+def too_many_bad(table: Table, data: ClassificationData, bad: Sequence[BadRow], names: Sequence[str]) -> str | None:
+    """The error of a table with more bad rows than `data.max_bad_fraction`; None if it has not."""
+    total = len(table) + len(table.malformed)
+    if len(bad) <= data.max_bad_fraction * total and len(bad) < total:
+        return None
+    share = math.ceil(len(bad) / total * 1000) / 1000
+    fix = "correct them" if share >= 1 else f"correct them, or set data.max_bad_fraction={share:g} to leave them out"
+    if any(row.kind == "unknown label" for row in bad):
+        fix += f"; the labels are {', '.join(names[:20])}: data.labels sets them"
+    return (
+        f"{table.name}: {len(bad):,} of {total:,} rows cannot be used, and data.max_bad_fraction "
+        f"({data.max_bad_fraction:g}) allows {math.floor(data.max_bad_fraction * total):,}:\n{bad_rows_report(table, bad)}\n  {fix}"
+    )
+
+
+def _label_column(table: Table, column: str) -> Sequence[object]:
+    """Labels, with class ids replaced by their names; an id without a name (-1) is a missing label."""
+    names = table.class_names.get(column)
+    if names is None:
+        return table.columns[column]
+    by_id: Mapping[object, str] = dict(enumerate(names))
+    return [by_id.get(value) for value in table.columns[column]]
+
+
+def _problem(text: object, pair: object, label: object, class_ids: Mapping[str, int]) -> tuple[str, str]:
+    """Kind and detail of what is wrong with a row; ("", "") if nothing is."""
+    for value in (text, pair):
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return "empty text", ""
+        if not isinstance(value, str):
+            return "wrong type", f"the text is a {type(value).__name__}: {value!r:.60}"
+    name = label_name(label)
+    if name is None:
+        return "missing label", ""
+    if not name:
+        return "wrong type", f"a label must be a word or an integer, not {label!r:.60}"
+    if name not in class_ids:
+        near = get_close_matches(name, class_ids, n=1)
+        return "unknown label", repr(name[:60]) + (f", did you mean {near[0]!r}?" if near else "")
+    return "", ""
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()

@@ -1,0 +1,162 @@
+"""The model before its weights: where it lies, its tokenizer, its configuration, its layers on the meta device.
+
+First stop of build_model, and all that checks before a launch need: nothing here loads a weight.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainer.config import ModelConfig
+from trainer.errors import ConfigError
+
+# What each of our three rates is called in the configurations of transformers' architectures.
+DROPOUT_FIELDS = {
+    "dropout": (
+        "hidden_dropout_prob",  # BERT, RoBERTa, ALBERT, ELECTRA, MPNet, DeBERTa
+        "hidden_dropout",  # GPT-NeoX, Falcon
+        "dropout",  # DistilBERT, XLNet, OPT, BART
+        "dropout_rate",  # T5
+        "resid_pdrop",  # GPT-2
+        "embd_pdrop",
+        "mlp_dropout",  # ModernBERT
+        "embedding_dropout",
+    ),
+    "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
+    "head_dropout": (
+        "classifier_dropout",
+        "classifier_dropout_prob",  # ALBERT
+        "seq_classif_dropout",  # DistilBERT
+        "cls_dropout",  # DeBERTa
+        "summary_last_dropout",  # XLNet
+    ),
+}
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+)  # what transformers raises for a source that it cannot open
+
+
+def model_location(source: str) -> str:
+    """The folder of an asset, a local folder, or a hub id as transformers takes it. ConfigError for a folder that is missing."""
+    if source.startswith("asset:"):
+        from trainer.data.assets import asset_path
+
+        return str(asset_path(source.removeprefix("asset:")))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model.source ({source}): the folder holds no config.json; give the folder of a saved model"
+            )
+        return str(folder)
+    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ConfigError(
+            f"model.source ({source}): there is no such folder; give asset:minilm, the folder of a saved model, or a hub id"
+        )
+    return source
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The source's tokenizer; one without a padding token (GPT-2, Llama) pads with its end-of-text token."""
+    location = model_location(model.source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=model.trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise source_error(model, "tokenizer", error) from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"model.source ({model.source}): its tokenizer has neither a padding nor an end-of-text token; add "
+                "pad_token to its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_architecture(model: ModelConfig, label_names: Sequence[str]) -> PretrainedConfig:
+    """The source's configuration with our labels and dropout rates. ConfigError where a rate would have no effect."""
+    names = [str(name) for name in label_names]
+    try:
+        architecture = AutoConfig.from_pretrained(
+            model_location(model.source),
+            trust_remote_code=model.trust_remote_code,
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+        )
+    except LOADING_ERRORS as error:
+        raise source_error(model, "configuration", error) from None
+    architecture.problem_type = "single_label_classification"  # a source may have been trained for something else
+    architecture.use_cache = False  # of keys and values, for generation only
+    set_dropout(architecture, model)
+    if architecture.pad_token_id is None:
+        architecture.pad_token_id = load_tokenizer(
+            model
+        ).pad_token_id  # decoders classify the last token before the padding
+    return cast(PretrainedConfig, architecture)
+
+
+def set_dropout(architecture: PretrainedConfig, model: ModelConfig) -> None:
+    """Write the rates that are not None into the architecture's own fields."""
+    problems = []
+    for setting, fields in DROPOUT_FIELDS.items():
+        rate = getattr(model, setting)
+        known = [field for field in fields if hasattr(architecture, field)]
+        if rate is not None and not known:
+            problems.append(
+                f"model.{setting} ({rate}) would have no effect: {architecture.model_type} has no such dropout; set it to none"
+            )
+        elif rate is not None:
+            for field in known:
+                setattr(architecture, field, rate)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def has_attention_dropout(architecture: PretrainedConfig) -> bool:
+    """Whether attention probabilities are dropped in training."""
+    return any((getattr(architecture, field, None) or 0.0) > 0.0 for field in DROPOUT_FIELDS["attention_dropout"])
+
+
+def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrainedModel:
+    """The model's layers with shapes but no memory."""
+    try:
+        with torch.device("meta"):
+            return cast(
+                PreTrainedModel,
+                AutoModelForSequenceClassification.from_config(architecture, trust_remote_code=model.trust_remote_code),
+            )
+    except LOADING_ERRORS as error:
+        raise source_error(model, "architecture", error) from None
+
+
+def source_error(model: ModelConfig, part: str, error: Exception) -> ConfigError:
+    """One sentence in place of transformers' own report."""
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        fix = (
+            "its code would run on this machine; set model.trust_remote_code=true if you trust it, or use another model"
+        )
+    elif Path(model_location(model.source)).is_dir():
+        fix = "give a folder written by save_pretrained of a model and its tokenizer"
+    else:
+        fix = "check the spelling, the network and HF_HUB_OFFLINE, or use asset:minilm or a local folder"
+    return ConfigError(f"model.source ({model.source}): cannot load the {part} ({reason}); {fix}")
+
+
+def first_line(error: Any) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(" .:")

@@ -1,0 +1,150 @@
+"""From the configuration to a model ready for the backend: weights, dropout, method, checkpointing, summary.
+
+Every rank builds the same model: new weights are drawn from `train.seed` on the CPU. Weights are fp32 whatever the precision.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from trainer.config import ModelConfig, RunConfig
+from trainer.errors import ConfigError
+from trainer.model.architecture import (
+    LOADING_ERRORS,
+    has_attention_dropout,
+    load_architecture,
+    load_tokenizer,
+    model_location,
+    source_error,
+)
+from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
+from trainer.model.heads import encoder_name, head_modules
+from trainer.model.methods import apply_method, check_method
+
+__all__ = ["build_model", "load_architecture", "load_tokenizer", "load_weights", "model_location"]
+
+MAX_NEW_FRACTION = 0.5  # of the encoder's parameters; more missing ones mean that the checkpoint is of another model
+
+
+def build_model(config: RunConfig, label_names: Sequence[str], accelerator: Accelerator) -> nn.Module:
+    """The model of `config` on the CPU, its method applied; rank 0 prints a summary. Draws from torch's global generator.
+
+    Every rank calls it; no collective. ConfigError for a source, a setting or a target that does not fit.
+    """
+    check_method(config)
+    architecture = load_architecture(config.model, label_names)
+    torch.manual_seed(config.train.seed)
+    plain, new_names = load_weights(config.model, architecture)
+    on_cpu = accelerator.device.type == "cpu"
+    if config.model.attention == "auto" and on_cpu:
+        use_fast_attention(plain)
+    if config.model.gradient_checkpointing:
+        enable_checkpointing(plain)
+    model = apply_method(plain, config.method, new_modules=new_encoder_modules(plain, new_names))
+    if on_cpu:
+        use_fast_dropout(model)
+    accelerator.print(summary(config, plain, model, new_names))
+    return model
+
+
+def load_weights(model: ModelConfig, architecture: PretrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and the names of its tensors that were drawn instead of read (all of them where init=random: then empty)."""
+    attention = None if model.attention == "auto" else model.attention
+    options: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention,
+        "dtype": torch.float32,
+    }
+    try:
+        if model.init == "random":
+            return AutoModelForSequenceClassification.from_config(architecture, **options), ()
+        loaded, report = AutoModelForSequenceClassification.from_pretrained(
+            model_location(model.source),
+            config=architecture,
+            ignore_mismatched_sizes=True,  # a head of another label set is replaced; anything else is refused below
+            output_loading_info=True,
+            **options,
+        )
+    except LOADING_ERRORS as error:
+        if attention is not None:
+            raise ConfigError(
+                f"model.attention ({attention}) cannot run here: {error}; use model.attention=auto"
+            ) from None
+        raise source_error(model, "weights", error) from None
+    mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
+    new_names = tuple(sorted({*report["missing_keys"], *mismatched}))
+    check_loaded(model, loaded, new_names, mismatched)
+    return loaded, new_names
+
+
+def check_loaded(
+    model: ModelConfig, loaded: PreTrainedModel, new_names: Sequence[str], mismatched: Sequence[str]
+) -> None:
+    """ConfigError where the checkpoint is of another model than its configuration says."""
+    prefix = encoder_name(loaded) + "."
+    wrong = [name for name in mismatched if name.startswith(prefix)]
+    if wrong:
+        raise ConfigError(
+            f"model.source ({model.source}): {wrong[0]} has another shape in the weights than in config.json; "
+            "restore the config.json that belongs to these weights"
+        )
+    sizes = {name: parameter.numel() for name, parameter in loaded.named_parameters() if name.startswith(prefix)}
+    share = sum(sizes.get(name, 0) for name in new_names) / max(sum(sizes.values()), 1)
+    if share > MAX_NEW_FRACTION:
+        raise ConfigError(
+            f"model.source ({model.source}): its weights lack {share:.0%} of {type(loaded).__name__}'s encoder; they belong "
+            "to another architecture; give matching weights, or model.init=random to train from scratch"
+        )
+
+
+def new_encoder_modules(model: PreTrainedModel, new_names: Sequence[str]) -> tuple[str, ...]:
+    """Modules outside the head that own newly drawn tensors, such as `bert.pooler.dense`."""
+    heads = head_modules(model)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in new_names)
+    return tuple(owner for owner in owners if owner.split(".")[0] not in heads)
+
+
+def use_fast_attention(model: PreTrainedModel) -> None:
+    """On a CPU, replace the sdpa kernel where it would drop attention probabilities; see trainer/model/dropout.py."""
+    if model.config._attn_implementation == "sdpa" and has_attention_dropout(model.config):
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(FAST_ATTENTION)
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each block in the backward pass. Non-reentrant, which needs no input that requires a gradient."""
+    try:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError:
+        raise ConfigError(
+            f"model.gradient_checkpointing (true) would have no effect: {type(model).__name__} does not support it; set it to false"
+        ) from None
+
+
+def summary(config: RunConfig, plain: PreTrainedModel, model: nn.Module, new_names: Sequence[str]) -> str:
+    """What was loaded and what of it is trained, a few lines."""
+    total = sum(p.numel() for name, p in model.named_parameters() if ".original_module." not in name)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    source, location = config.model.source, model_location(config.model.source)
+    lines = [
+        f"model      {source}" + (f" ({location})" if location != source else ""),
+        f"           {type(plain).__name__}, {total:,} parameters, vocabulary {plain.config.vocab_size:,}",
+        f"method     {config.method.name}: {trainable:,} parameters trainable ({trainable / total:.2%})",
+    ]
+    if config.model.init == "random":
+        lines.append(f"weights    all drawn from train.seed ({config.train.seed})")
+    elif new_names:
+        lines.append(
+            f"weights    not in the checkpoint, drawn from train.seed ({config.train.seed}): {listing(new_names)}"
+        )
+    return "\n".join(lines)
+
+
+def listing(names: Sequence[str], limit: int = 6) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,115 @@
+"""AdamW: its parameter groups and its learning rate, which is a pure function of the step.
+
+The loop sets each group's rate to lr_at(step) * lr_factor before every step; there is no scheduler object, so no backend and no
+number of processes can step one too often. Local to the rank: no collective.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from trainer.backend.wrap import repeated_blocks
+from trainer.config import RunConfig
+from trainer.model.heads import encoder_of, head_parameters, without_adapter
+
+DEFAULT_PEAK_LR = {"full": 2e-5, "head": 1e-3, "lora": 3e-4}
+
+
+def lr_at(
+    step: int,
+    *,
+    total_steps: int,
+    peak: float,
+    schedule: Literal["linear", "cosine", "constant"],
+    warmup_fraction: float,
+    min_lr_fraction: float,
+) -> float:
+    """Learning rate of the optimizer step about to be taken, 0-based.
+
+    Rises by peak / warmup_steps per step from the first step on, is `peak` in the last step of the warmup (without one: in the
+    first step), and ends at min_lr_fraction * peak in the last step. transformers' schedules are one step behind: their step 0
+    has rate 0, and their value at step + 1 is ours at step.
+    """
+    warmup_steps = math.ceil(total_steps * warmup_fraction - 1e-9)  # 0.1 * 30 is a little more than 3
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    peak_step = max(warmup_steps - 1, 0)
+    progress = (step - peak_step) / max(total_steps - 1 - peak_step, 1)
+    return peak * (min_lr_fraction + (1.0 - min_lr_fraction) * shape_at(min(progress, 1.0), schedule))
+
+
+def shape_at(progress: float, schedule: str) -> float:
+    """Share of the way down that is left: 1 at progress 0; 0 at progress 1, but for `constant`."""
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def peak_lr(config: RunConfig) -> float:
+    """The highest learning rate of everything but the head: as set, or the method's common default."""
+    return config.optim.peak_lr if config.optim.peak_lr is not None else DEFAULT_PEAK_LR[config.method.name]
+
+
+def build_optimizer(model: nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; `fused`: one kernel for all of them, on CUDA and on CPU."""
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.optim.betas, eps=config.optim.eps, fused=fused)
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Trainable parameters grouped by (decay, rate), in the model's order, each parameter once.
+
+    Each group: params, names, weight_decay, lr_factor (its peak relative to peak_lr), lr. Call before the backend wraps the model.
+    """
+    undecayed, factors = parameters_without_decay(model), lr_factors(model, config)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if id(parameter) in undecayed else config.optim.weight_decay
+        factor = factors[id(parameter)]
+        group = groups.setdefault(
+            (decay, factor),
+            {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor, "lr": peak_lr(config) * factor},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def parameters_without_decay(model: nn.Module) -> set[int]:
+    """Ids of biases, of embeddings and of all weights of normalization layers."""
+    found = set()
+    for module in model.modules():
+        whole = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
+        for name, parameter in module.named_parameters(recurse=False):
+            if whole or name.endswith("bias"):
+                found.add(id(parameter))
+    return found
+
+
+def lr_factors(model: nn.Module, config: RunConfig) -> dict[int, float]:
+    """Peak rate of each parameter, by id, relative to peak_lr: layer decay by depth, and the head's own rate."""
+    head_lr = config.optim.head_lr
+    head_factor = 1.0 if head_lr is None else head_lr / peak_lr(config)
+    head = {id(parameter) for parameter in head_parameters(model)}
+    depths = layer_depths(model)
+    top = max(depths.values())
+    return {
+        key: head_factor if key in head else config.optim.layer_decay ** (top - depth) for key, depth in depths.items()
+    }
+
+
+def layer_depths(model: nn.Module) -> dict[int, int]:
+    """Depth of each parameter, by id: 0 for embeddings, i + 1 for block i, one more for pooler, last norm and head."""
+    blocks = repeated_blocks(encoder_of(model))
+    of_block = {id(p): position + 1 for position, block in enumerate(blocks) for p in block.parameters()}
+    depths: dict[int, int] = {}
+    before_blocks = bool(blocks)
+    for parameter in without_adapter(model).parameters():
+        if id(parameter) in of_block:
+            before_blocks = False
+        depths[id(parameter)] = of_block.get(id(parameter), 0 if before_blocks else len(blocks) + 1)
+    return depths

@@ -1,0 +1,168 @@
+"""What a run leaves behind: lines on the screen, metrics, the exported model, plots and a summary, all in the run directory.
+
+The loop calls it at its three `if`s. Only rank 0 writes; the methods that gather weights or test are collective and say so.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from trainer.backend import Engine
+from trainer.config import RunConfig
+from trainer.data.classify import ClassificationSet, Split
+from trainer.errors import SamestepError
+from trainer.evaluate import evaluate_logits
+from trainer.log import RunLog, start_run_folder, write_summary
+from trainer.metrics import classification_metrics, confusion
+from trainer.model.export import export_model, load_exported
+from trainer.plots import plot_confusion, plot_curves
+from trainer.resolve import config_to_yaml
+
+if TYPE_CHECKING:
+    from trainer.loop import Progress
+
+
+class RunOutput:
+    """The run directory of one run. Every rank makes one."""
+
+    def __init__(self, config: RunConfig, engine: Engine, data: ClassificationSet, num_steps: int) -> None:
+        """Start the folder: an earlier run of this name is moved aside, config.yaml is written before step 1. Collective."""
+        self.config, self.engine, self.data = config, engine, data
+        self.is_main, self.folder = engine.rank == 0, config.folder
+        self.on_rank_0(self.start_folder)
+        self.log = RunLog(self.folder, is_main=self.is_main, total_steps=num_steps)
+        self.started = time.perf_counter()
+        self.samples_per_s: list[float] = []
+
+    def on_rank_0(self, write: Callable[[], None]) -> None:
+        """Run `write` on rank 0 and wait for it; where it raises a user's error, every rank raises. Collective."""
+        failure: SamestepError | None = None
+        if self.is_main:
+            try:
+                write()
+            except SamestepError as error:
+                failure = error
+        if self.engine.sum_over_ranks([float(failure is not None)])[0]:
+            raise failure or SamestepError("rank 0 could not write to the run directory; see its message")
+
+    def start_folder(self) -> None:
+        """Rank 0: an empty run directory with the resolved config."""
+        start_run_folder(self.folder)
+        (self.folder / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
+
+    def close(self) -> None:
+        """Flush the logs."""
+        self.log.close()
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the exported model or adapter lies."""
+        return self.folder / "model"
+
+    def train_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of training metrics."""
+        self.samples_per_s.append(values["samples_per_s"])
+        self.log.record(values, step)
+        self.log.progress(step, values)
+
+    def eval_metrics(self, step: int, metrics: Mapping[str, float], *, is_best: bool) -> None:
+        """One line of validation metrics."""
+        self.log.record({f"eval/{name}": value for name, value in metrics.items()}, step)
+        words = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "accuracy", "f1"))
+        self.log.say(f"step {step}: validation {words}" + ("  (best so far, exported)" if is_best else ""))
+
+    def export(self) -> None:
+        """Write the present weights as a model or adapter that opens without samestep; replaces the earlier one whole. Collective."""
+        adapter = self.config.method.name == "lora"
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.engine.weights(trainable_only=adapter):
+            if self.is_main:
+                state[name] = tensor.detach().cpu().clone()
+        self.on_rank_0(lambda: self.replace_model(state))
+
+    def replace_model(self, state: Mapping[str, Tensor]) -> None:
+        """Rank 0: write the model beside the old one, then change places."""
+        fresh, old = self.folder / ".model-new", self.folder / ".model-old"
+        shutil.rmtree(fresh, ignore_errors=True)
+        export_model(self.engine.module, state, self.data.tokenizer, fresh, self.describe_model())
+        if self.model_folder.exists():
+            self.model_folder.rename(old)
+        fresh.rename(self.model_folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def describe_model(self) -> dict[str, object]:
+        """model/samestep.json: what prediction needs to know."""
+        return {
+            "task": self.config.model.task,
+            "method": self.config.method.name,
+            "base": self.config.model.source,
+            "label_names": list(self.data.label_names),
+            "max_length": self.config.data.max_length,
+        }
+
+    def report(self, progress: "Progress", *, asked_to_stop: bool) -> None:
+        """Test the exported model, write plots and summary, and say where everything is. Collective."""
+        if asked_to_stop:
+            self.log.say(f"stopped on request after step {progress.step}")
+        split_name = "test" if self.data.test is not None else "validation"
+        split = self.data.test if self.data.test is not None else self.data.validation
+        logits = self.logits_of_exported(split)
+        metrics = classification_metrics(logits, split.labels)
+        elapsed_s = time.perf_counter() - self.started
+        if self.is_main:
+            prefix = "test" if self.data.test is not None else "eval"
+            self.log.record(
+                {f"{prefix}/{name}": value for name, value in metrics.items()} | {"best_step": progress.best_step},
+                progress.step,
+            )
+            matrix = confusion(logits, split.labels, len(self.data.label_names))
+            self.draw(matrix)
+            write_summary(self.folder / "summary.md", self.facts(progress, split_name, metrics, elapsed_s))
+            self.log.say(self.closing_words(progress, split_name, metrics, elapsed_s))
+
+    def logits_of_exported(self, split: Split) -> np.ndarray:
+        """Logits of the exported model, opened from disk by transformers and PEFT alone. Collective."""
+        model, _, _ = load_exported(self.model_folder)
+        model.to(self.engine.device).eval()
+        batch_size = self.config.train.eval_batch_size
+        return evaluate_logits(lambda inputs: model(**inputs), self.data, split, self.engine, batch_size=batch_size)
+
+    def draw(self, matrix: np.ndarray) -> None:
+        """curves.png and confusion.png."""
+        plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        plot_confusion(matrix, self.data.label_names, self.folder / "confusion.png")
+
+    def facts(
+        self, progress: "Progress", split_name: str, metrics: Mapping[str, float], elapsed_s: float
+    ) -> dict[str, object]:
+        """What summary.md says."""
+        engine = self.engine
+        return {
+            "name": self.config.name,
+            "backend": f"{engine.backend}, {engine.world_size} process(es), precision {engine.precision}, {engine.device.type}",
+            "steps": progress.step,
+            "best step": f"{progress.best_step} (validation {self.config.train.metric} {progress.best_metric:.4f})",
+            **{f"{split_name} {name}": value for name, value in metrics.items()},
+            "time": f"{elapsed_s:.0f} s",
+            "training speed": f"{float(np.median(self.samples_per_s)) if self.samples_per_s else 0.0:.1f} samples/s (median)",
+            "skipped steps": progress.num_skipped,
+            "model": str(self.model_folder),
+            "use it": f'samestep predict {self.folder} "your text"',
+        }
+
+    def closing_words(
+        self, progress: "Progress", split_name: str, metrics: Mapping[str, float], elapsed_s: float
+    ) -> str:
+        """The last lines of a run."""
+        kind = "adapter" if self.config.method.name == "lora" else "model"
+        numbers = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
+        return (
+            f"{split_name} ({int(metrics['count'])} examples, exported {kind} of step {progress.best_step}): {numbers}\n"
+            f"trained {progress.step} steps in {elapsed_s:.0f} s\n"
+            f"run directory: {self.folder}"
+        )

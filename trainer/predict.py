@@ -1,0 +1,125 @@
+"""Prediction with an exported model: labels and confidences of many texts, in batches of similar length.
+
+Place in the flow: after a run, in a single process; `samestep predict` and people's own scripts use it. Invariant:
+results come in the order of the texts and do not depend on the batch size beyond rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trainer.errors import DataError
+from trainer.model.export import load_exported
+from trainer.run_folder import find_exported
+
+Text = str | tuple[str, str]
+"""A sentence, or a pair of them for a model that was trained on pairs."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one text."""
+
+    label: str
+    """The most probable label."""
+    confidence: float
+    """Its probability."""
+    probabilities: dict[str, float]
+    """Of every label; they sum to 1."""
+    is_cut: bool
+    """The text was longer than the model's max_length tokens and its end was not read."""
+
+
+class Predictor:
+    """An exported model that is ready to predict."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        label_names: Sequence[str],
+        max_length: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """max_length: tokens. device: None takes the accelerator where there is one, else the CPU."""
+        self.device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.model = model.to(self.device).eval()
+        self.tokenizer, self.label_names, self.max_length = tokenizer, tuple(label_names), max_length
+
+    def predict(self, texts: Sequence[Text], batch_size: int = 64) -> list[Prediction]:
+        """Predictions in the order of `texts`. DataError for a text that is empty or of another kind than the first."""
+        assert batch_size > 0, batch_size
+        check_texts(texts)
+        samples = self._encode(texts)
+        order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
+        probabilities = np.zeros((len(samples), len(self.label_names)))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            probabilities[batch] = self._probabilities([samples[index] for index in batch])
+        return [self._prediction(row, sample) for row, sample in zip(probabilities, samples, strict=True)]
+
+    def _encode(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
+        """One dict of unpadded lists a text, and whether it was cut."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=False)
+        names = [name for name in self.tokenizer.model_input_names if name in encoded]
+        is_cut = [bool(one.overflowing) for one in encoded.encodings or ()] or [False] * len(texts)
+        return [
+            {"is_cut": is_cut[index], **{name: encoded[name][index] for name in names}} for index in range(len(texts))
+        ]
+
+    @torch.inference_mode()
+    def _probabilities(self, samples: Sequence[dict[str, Any]]) -> np.ndarray:
+        """(B, C) fp64, on the CPU."""
+        inputs = pad_right([{k: v for k, v in sample.items() if k != "is_cut"} for sample in samples], self._padding())
+        logits = self.model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
+        return cast(np.ndarray, logits.double().softmax(dim=-1).cpu().numpy())
+
+    def _padding(self) -> dict[str, int]:
+        """The value that fills each input; the attention mask hides it."""
+        return {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+
+    def _prediction(self, row: np.ndarray, sample: dict[str, Any]) -> Prediction:
+        best = int(row.argmax())
+        by_name = dict(zip(self.label_names, map(float, row), strict=True))
+        return Prediction(self.label_names[best], float(row[best]), by_name, sample["is_cut"])
+
+
+def load_predictor(run_or_folder: Path, device: torch.device | None = None) -> Predictor:
+    """Open what a run exported: a run directory, its model folder, or a copy. CheckpointError says what is missing."""
+    folder = find_exported(run_or_folder)
+    model, tokenizer, info = load_exported(folder)
+    return Predictor(model, tokenizer, label_names=info["label_names"], max_length=info["max_length"], device=device)
+
+
+def check_texts(texts: Sequence[Text]) -> None:
+    """DataError names the first text, from 1, that is empty, or a pair among single texts or the reverse."""
+    for number, text in enumerate(texts, start=1):
+        parts = [text] if isinstance(text, str) else list(text)
+        if len(parts) != (1 if isinstance(texts[0], str) else 2):
+            raise DataError(f"text {number} ({text!r:.80}) must be {_kind(texts[0])} like the first; predict it apart")
+        if not all(part.strip() for part in parts):
+            raise DataError(f"text {number} ({text!r:.80}) is empty; leave it out")
+
+
+def pad_right(samples: Sequence[dict[str, list[int]]], padding: dict[str, int]) -> dict[str, Tensor]:
+    """(B, T) int64 tensors of each input, T the longest sample; `padding` fills them, 0 where it does not say."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    return {
+        name: torch.tensor(
+            [sample[name] + [padding.get(name, 0)] * (longest - len(sample[name])) for sample in samples]
+        )
+        for name in samples[0]
+    }
+
+
+def _kind(text: Text) -> str:
+    return "one text" if isinstance(text, str) else "a pair of texts"

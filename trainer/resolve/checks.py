@@ -1,0 +1,84 @@
+"""Rules that pydantic cannot see: settings without effect, and the world that a run starts in."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.resolve.merge import Merged
+
+FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def check_world(config: RunConfig, world_size: int) -> list[str]:
+    """Problems of this config with this number of processes."""
+    size = config.train.global_batch_size
+    if size >= world_size:
+        return []
+    return [
+        f"train.global_batch_size ({size}) is smaller than the number of processes ({world_size}); every process needs "
+        f"a sample: set train.global_batch_size={world_size} or start at most {size}"
+    ]
+
+
+def without_effect(config: RunConfig, merged: Merged, usual_values: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Settings by YAML or command line that another setting of the same or an earlier layer makes idle.
+
+    A value that is the default or the recipe's own is let pass, so that a printed config can be given back as --config.
+    """
+    problems = []
+    for name, controller, is_idle, why in _IDLE:
+        setting = merged.origins.get(name)
+        if setting is None or merged.values[name] in usual_values.get(name, ()):
+            continue
+        decider = merged.origins.get(controller)
+        overruled_later = decider is not None and decider.layer > setting.layer
+        if not overruled_later and is_idle(config):
+            problems.append(setting.problem(f"has no effect {why}; leave it out"))
+    return problems
+
+
+def _hub(config: RunConfig) -> bool:
+    return not config.data.source.startswith("asset:") and Path(config.data.source).suffix not in FILE_SUFFIXES
+
+
+_IDLE: tuple[tuple[str, str, Callable[[RunConfig], bool], str], ...] = (
+    (
+        "data.validation_fraction",
+        "data.validation",
+        lambda config: config.data.validation is not None,
+        "where data.validation names a split",
+    ),
+    (
+        "data.test_fraction",
+        "data.test",
+        lambda config: config.data.test is not None,
+        "where data.test names a split",
+    ),
+    ("data.subset", "data.source", lambda config: not _hub(config), "unless data.source is a hub dataset"),
+    (
+        "optim.min_lr_fraction",
+        "optim.schedule",
+        lambda config: config.optim.schedule == "constant",
+        "with optim.schedule=constant",
+    ),
+    (
+        "optim.layer_decay",
+        "method.name",
+        lambda config: config.method.name == "head",
+        "with method.name=head, which trains no layer",
+    ),
+    (
+        "train.max_skipped_steps",
+        "train.on_nonfinite",
+        lambda config: config.train.on_nonfinite == "stop",
+        "with train.on_nonfinite=stop",
+    ),
+    (
+        "model.gradient_checkpointing",
+        "method.name",
+        lambda config: config.method.name == "head",
+        "with method.name=head, whose encoder needs no backward pass",
+    ),
+)
+"""(setting, the setting that may make it idle, when it does, why)."""

@@ -1,0 +1,94 @@
+"""The bottom line of every recipe: read the arguments, run, and leave quietly.
+
+A user's mistake ends every rank with exit code 2 and is printed once. Rank 0 prints at once, and the launcher then ends
+the others. Another rank waits before it prints: if it is still alive after that, rank 0 did not fail, so the mistake is
+this rank's alone (a file that is missing on one machine) and must not be lost.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, SamestepError
+from trainer.resolve.build import resolve
+from trainer.resolve.inputs import input_problems
+from trainer.resolve.layers import split_arguments
+from trainer.resolve.show import config_with_sources, help_text
+
+WAIT_FOR_RANK_0_S = 10.0
+"""More than the starts of two ranks differ on a loaded machine. The launcher cuts it short when rank 0 has printed."""
+
+
+def run_recipe(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Sequence[str] | None = None) -> None:
+    """Resolve the arguments and call `main` with the config; all ranks.
+
+    Exit code 2 without a traceback for a SamestepError, 130 for Ctrl-C; any other exception keeps its traceback.
+    """
+    try:
+        _run(main, defaults, sys.argv[1:] if argv is None else argv)
+    except SamestepError as error:
+        _report(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    _leave_process_group()
+
+
+def error_text(error: SamestepError) -> str:
+    """An error as users see it: one line, or a line for each problem."""
+    problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+    if len(problems) == 1:
+        return f"error: {problems[0]}"
+    return "\n".join([f"error: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+
+
+def _run(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Sequence[str]) -> None:
+    flags = split_arguments(argv).flags
+    if "--help" in flags:
+        _say(help_text(main, defaults))
+        return
+    resolved = resolve(type(defaults), defaults, argv)
+    if "--print-config" in flags:
+        _say(config_with_sources(resolved))
+    elif "--check" in flags:
+        _check(resolved.config)
+    else:
+        main(resolved.config)
+
+
+def _check(config: RunConfig) -> None:
+    problems = input_problems(config)
+    if problems:
+        raise ConfigError(*problems)
+    _say(f"{config.name}: settings, data and model names are fine")
+
+
+def _say(text: str) -> None:
+    if _rank() == 0:
+        print(text)
+
+
+def _report(error: SamestepError) -> None:
+    """Print an error on rank 0, or on this rank if rank 0 does not fail too."""
+    rank = _rank()
+    if rank == 0:
+        print(error_text(error), file=sys.stderr, flush=True)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler for clean stops would survive the launcher's signal
+    time.sleep(WAIT_FOR_RANK_0_S)
+    print(f"rank {rank}: {error_text(error)}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _leave_process_group() -> None:
+    """Without this torch complains at exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

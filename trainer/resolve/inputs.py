@@ -1,0 +1,40 @@
+"""Checks of what a config points at: data files, columns, labels, layer names. No weights are loaded, no rank talks."""
+
+from collections.abc import Callable, Sequence
+
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, SamestepError
+
+
+def input_problems(config: RunConfig, settings_problems: Sequence[str] = ()) -> list[str]:
+    """Every problem with the data and the model that a config names.
+
+    A check is skipped where a problem of the settings speaks about its sections: its verdict would follow from that.
+    """
+    problems: list[str] = []
+    for check, sections in ((_check_data, ("data",)), (_check_model, ("model", "method"))):
+        if not any(section in problem for section in sections for problem in settings_problems):
+            problems += _problems_of(check, config)
+    return problems
+
+
+def _check_data(config: RunConfig) -> None:
+    from trainer.data.classify import read_splits
+
+    read_splits(config.data)
+
+
+def _check_model(config: RunConfig) -> None:
+    from trainer.model.methods import check_method
+
+    check_method(config)
+
+
+def _problems_of(check: Callable[[RunConfig], None], config: RunConfig) -> Sequence[str]:
+    try:
+        check(config)
+    except ConfigError as error:
+        return error.problems
+    except SamestepError as error:
+        return (str(error),)
+    return ()

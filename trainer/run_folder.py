@@ -1,0 +1,72 @@
+"""What makes a folder a run directory, and where its exported model lies. Imports no torch: commands answer at once.
+
+Place in the flow: training writes such folders (trainer/log.py, trainer/output.py), prediction opens them.
+"""
+
+import json
+from pathlib import Path
+
+from trainer.errors import CheckpointError
+
+RUN_FILES = ("config.yaml", "metrics.jsonl")
+"""Either of them makes a folder a run directory."""
+
+MODEL_FOLDER = "model"
+"""Subfolder of a run directory that holds the exported model or adapter."""
+
+INFO_FILE = "samestep.json"
+"""In an exported model's folder: what prediction needs to know."""
+
+
+def find_exported(path: Path) -> Path:
+    """The folder of an exported model: `path` itself or the model folder in it. CheckpointError says what lacks."""
+    if (path / INFO_FILE).is_file():
+        return _checked(path)
+    if (path / MODEL_FOLDER / INFO_FILE).is_file():
+        return _checked(path / MODEL_FOLDER)
+    raise CheckpointError(_why_nothing_was_found(path))
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder holds a run, finished or not."""
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, once its samestep.json says what prediction needs."""
+    file = folder / INFO_FILE
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        missing = [name for name in ("base", "label_names", "max_length") if name not in info]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
+    if missing:
+        raise CheckpointError(f"{file} lacks {', '.join(missing)}; take the model folder from its run again")
+    return folder
+
+
+def _why_nothing_was_found(path: Path) -> str:
+    if not path.exists():
+        return f"RUN ({path}) does not exist; {_runs_beside(path)}"
+    if not path.is_dir():
+        return f"RUN ({path}) is a file, and must be a run directory; {_runs_beside(path)}"
+    if is_run(path):
+        return (
+            f"RUN ({path}) has no exported model, because the run has not finished its first evaluation; run it again"
+        )
+    if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+        return (
+            f"RUN ({path}) holds a model without {INFO_FILE}, which samestep writes beside it; copy that file there too"
+        )
+    return (
+        f"RUN ({path}) is not a run directory: it has neither {' nor '.join(RUN_FILES)}; {_runs_beside(path / 'any')}"
+    )
+
+
+def _runs_beside(path: Path) -> str:
+    """A fix that names the runs which lie where `path` was looked for, or in runs/."""
+    for parent in (path.parent, Path("runs")):
+        ready = sorted(run for run in parent.glob("*") if (run / MODEL_FOLDER / INFO_FILE).is_file())
+        if ready:
+            return "runs with a model are " + ", ".join(map(str, ready[:8])) + (", ..." if len(ready) > 8 else "")
+    return "give the run directory that training printed, such as runs/lora_sst2"

@@ -1,0 +1,34 @@
+"""A request to stop: noticed by one rank, agreed by all of them at the next step boundary, acted on by the loop.
+
+Nothing is saved inside a signal handler, and no rank acts on its own flag: rank-local flags deadlock (lightning#20806).
+"""
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """True once this rank received TERM or USR1, or once a file named STOP lies in the run directory (read by rank 0)."""
+
+    def __init__(self, folder: Path, *, is_main: bool) -> None:
+        self._file = folder / STOP_FILE if is_main else None
+        self._signalled = False
+        self._previous = {number: signal.signal(number, self._notice) for number in SIGNALS}
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def seen(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        return self._signalled or (self._file is not None and self._file.exists())
+
+    def close(self) -> None:
+        """Give the signals back, and consume the STOP file so that the next run is not stopped by it."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
