@@ -246,7 +246,10 @@ class Trainer:
 
 def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
-    return train.max_steps if train.max_steps is not None else math.ceil(train.num_epochs * steps_per_epoch)
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.num_epochs is not None, "TrainConfig checks that one of them is set"
+    return math.ceil(train.num_epochs * steps_per_epoch)
 
 
 def count_targets(batch: dict[str, Tensor]) -> int:

@@ -78,7 +78,7 @@ def test_a_missing_file_suggests_a_near_name(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_dataset_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="nobody/nothing.*is no local file.*give a local .csv"):
+    with pytest.raises(DataError, match=r"nobody/nothing.*is no local file.*give a local \.csv"):
         read_table("nobody/nothing")
 
 

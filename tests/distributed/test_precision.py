@@ -16,7 +16,13 @@ BATCH, STEPS = 16, 4
 
 def small_model(architecture: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=200, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128)
+    sizes = {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     if architecture == "llama":
         return LlamaForSequenceClassification(LlamaConfig(**sizes, pad_token_id=0))
     return BertForSequenceClassification(
@@ -55,7 +61,8 @@ def run(architecture: str) -> dict:
         str(s.dtype) for state in engine.optimizer.state.values() for k, s in state.items() if k.startswith("exp_avg")
     }
     return {
-        "gradients": gradients, "update": update, "losses": losses, "stored": dtypes, "computed": compute_dtypes, "scale": engine.loss_scale,
+        "gradients": gradients, "update": update, "losses": losses, "stored": dtypes, "computed": compute_dtypes,
+        "scale": engine.loss_scale,
     }  # fmt: skip
 
 

@@ -10,7 +10,13 @@ from trainer.backend import build_accelerator, build_engine
 from trainer.backend.wrap import modules_sharing_parameters, repeated_blocks, zero_buckets
 from trainer.config import RunConfig, TrainConfig
 
-SMALL = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 MODELS = {
     "llama_tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
     "bert_mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, max_position_embeddings=16)),

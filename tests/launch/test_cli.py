@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -212,14 +213,15 @@ def test_schema_is_written_where_asked(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("variant", ["lora_sst2_hub", "full_sst2_hub"])
-def test_shipped_variants_print_their_config(variant: str) -> None:
-    command = [sys.executable, "recipes/lora_sst2.py", "--config", f"recipes/configs/{variant}.yaml", "--print-config"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stderr) == (0, "")
-    lines = {" ".join(line.split()) for line in result.stdout.splitlines()}
-    source = f"# recipes/configs/{variant}.yaml"
-    assert {f"name: {variant} {source}", f"source: stanfordnlp/sst2 {source}", f"text: sentence {source}"} <= lines
+def test_shipped_variants_print_their_config(
+    variant: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"recipes/configs/{variant}.yaml"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["recipes/lora_sst2.py", "--config", path, "--print-config"])
+    runpy.run_path("recipes/lora_sst2.py", run_name="__main__")
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {f"name: {variant} # {path}", f"source: stanfordnlp/sst2 # {path}", f"text: sentence # {path}"} <= lines
 
 
 def test_run_starts_what_it_prints(recipe: Path) -> None:

@@ -21,9 +21,9 @@ def test_bf16_is_measured_against_single_in_fp32_and_in_bf16() -> None:
 def test_splits_share_one_global_batch() -> None:
     variants = plan_variants(["ddp"], [2], [(4, 4), (16, 1)], "no")
     assert global_batch_override(variants, []) == ["train.global_batch_size=32"]
-    with pytest.raises(ConfigError, match="must give one global batch, but gives 16 .* 32"):
+    with pytest.raises(ConfigError, match=r"must give one global batch, but gives 16 .* 32"):
         global_batch_override(plan_variants(["single", "ddp"], [2], [(4, 4)], "no"), [])
-    with pytest.raises(ConfigError, match="implies train.global_batch_size=32, but train.global_batch_size=8"):
+    with pytest.raises(ConfigError, match=r"implies train\.global_batch_size=32, but train\.global_batch_size=8"):
         global_batch_override(variants, ["train.global_batch_size=8"])
 
 

@@ -42,7 +42,8 @@ class Engine:
     ) -> None:
         self.backend, self.precision, self.world_size = request.backend, request.precision, request.world_size
         self.rank, self.device = accelerator.process_index, accelerator.device
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.model: Any = model  # nn.Module, DistributedDataParallel, FSDPModule or DeepSpeedEngine
+        self.optimizer = optimizer
         self.divides_by = 1 if self.backend == "single" else self.world_size
         self.loss_scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else 1.0
         self.good_steps = 0
@@ -71,7 +72,7 @@ class Engine:
     def grad_norm(self) -> float:
         """L2 norm of the gradient of the global batch, before clipping; the same on all ranks; nan or inf where any part is. Collective."""
         norm = nn.utils.get_total_norm(self._gradients())
-        return float(norm.full_tensor() if is_dtensor(norm) else norm) / self.loss_scale
+        return float(whole(norm)) / self.loss_scale
 
     def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
         """Clip to `max_grad_norm`, move the weights, drop the gradients. Collective under zero."""
@@ -136,7 +137,7 @@ class Engine:
     def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
         return whole(parameter.detach())
 
-    def _whole_gradient(self, parameter: nn.Parameter) -> Tensor:
+    def _whole_gradient(self, parameter: Any) -> Tensor:
         return whole(parameter.grad) if parameter.grad is not None else torch.zeros_like(whole(parameter.detach()))
 
     def _gradients(self) -> list[Tensor]:
@@ -219,7 +220,7 @@ class ZeroEngine(Engine):
         with GatheredParameters([parameter], enabled=self.backend == "zero3"):
             return parameter.detach().clone()
 
-    def _whole_gradient(self, parameter: nn.Parameter) -> Tensor:
+    def _whole_gradient(self, parameter: Any) -> Tensor:
         if self.backend == "zero3":
             from deepspeed.utils import safe_get_full_grad
 
@@ -227,7 +228,7 @@ class ZeroEngine(Engine):
         return parameter.get_full_hp_grad()  # safe_get_full_grad prefers .grad, which ZeRO-1 leaves unreduced
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """The full tensor of a shard; any other tensor itself. Collective for shards."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 

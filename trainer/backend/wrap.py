@@ -55,8 +55,8 @@ def _outermost(group: set[nn.Module]) -> list[nn.Module]:
 def shard(accelerator: Accelerator, model: nn.Module) -> None:
     """FSDP2: one group per block, one per set of modules that share a parameter, the rest in the root's. In place.
 
-    Done here and not by `accelerator.prepare`, which leaves a sharded model alone: it splits BertForMaskedLM's tied bias over two groups and
-    fails (accelerate 1.15, fsdp2_prepare_model). Weights are gathered and reduced in fp32. Gathering in bf16
+    Done here and not by `accelerator.prepare`, which leaves a sharded model alone: it splits BertForMaskedLM's tied bias over
+    two groups and fails (accelerate 1.15, fsdp2_prepare_model). Weights are gathered and reduced in fp32. Gathering in bf16
     (`MixedPrecisionPolicy(param_dtype=bf16)`) would halve the traffic, but it rounds the weights of norms too: measured on a small BERT,
     gradients end 1.9 x as far from fp32 as single's, with fp32 gathers 1.0 x (the limit is 1.5 x).
     """
@@ -157,7 +157,7 @@ def verify_wrapper(request: Request, wrapped: nn.Module, optimizer: torch.optim.
         raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")
 
 
-def describe_wrapper(wrapped: nn.Module) -> str:
+def describe_wrapper(wrapped: Any) -> str:
     """The backend whose wrapper this module wears, read from the objects themselves."""
     from torch.distributed.fsdp import FSDPModule
 

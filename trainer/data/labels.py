@@ -32,7 +32,7 @@ class Examples:
         return Examples([self.texts[i] for i in ids], pairs, self.labels[ids])
 
 
-class BadRow(Exception):
+class BadRowError(Exception):
     """Why a row is no example; caught here and counted."""
 
 
@@ -49,7 +49,7 @@ def read_examples(
     for row in table.rows:
         try:
             good.append(read_row(table, row, config, names))
-        except BadRow as problem:
+        except BadRowError as problem:
             bad.append((table.place(row), str(problem)))
     report_bad_rows(table, bad, config, notes)
     found = names or tuple(sorted({label for _, _, label in good}))
@@ -81,36 +81,36 @@ def check_columns(table: Table, config: ClassificationData) -> None:
 def read_row(
     table: Table, row: Row, config: ClassificationData, names: tuple[str, ...] | None
 ) -> tuple[str, str | None, str]:
-    """(text, second text, label name) of one row, or BadRow."""
+    """(text, second text, label name) of one row, or BadRowError."""
     if row.problem:
-        raise BadRow(row.problem)
+        raise BadRowError(row.problem)
     text = read_text(row.values.get(config.text), config.text)
     pair = read_text(row.values.get(config.text_pair), config.text_pair) if config.text_pair else None
     label = read_label(row.values.get(config.label), table.class_names.get(config.label))
     if names is not None and label not in names:
-        raise BadRow(f"label {label!r} is not in the label set ({', '.join(names)})")
+        raise BadRowError(f"label {label!r} is not in the label set ({', '.join(names)})")
     return text, pair, label
 
 
 def read_text(value: Any, column: str) -> str:
     """A text that is not empty."""
     if value is not None and not isinstance(value, str):
-        raise BadRow(f"{column} is {type(value).__name__}, not text")
+        raise BadRowError(f"{column} is {type(value).__name__}, not text")
     if value is None or not value.strip():
-        raise BadRow(f"{column} is empty")
+        raise BadRowError(f"{column} is empty")
     return value
 
 
 def read_label(value: Any, class_names: list[str] | None) -> str:
     """The label's name; integers get their class name where the source has one. -1 is the hub's word for "none"."""
     if value is None or value == "" or (class_names and value == -1):
-        raise BadRow("no label")
+        raise BadRowError("no label")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int):
-        raise BadRow(f"the label is {type(value).__name__}, not text or a whole number")
+        raise BadRowError(f"the label is {type(value).__name__}, not text or a whole number")
     if class_names and isinstance(value, int):
         return class_names[value]
     return str(value).strip()

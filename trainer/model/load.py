@@ -110,9 +110,12 @@ def new_encoder_modules(model: PreTrainedModel, new_names: Sequence[str]) -> tup
 
 def use_fast_attention(model: PreTrainedModel) -> None:
     """On a CPU, replace the sdpa kernel where it would drop attention probabilities; see trainer/model/dropout.py."""
-    if model.config._attn_implementation == "sdpa" and has_attention_dropout(model.config):
-        if model._can_set_attn_implementation():
-            model.set_attn_implementation(FAST_ATTENTION)
+    if (
+        model.config._attn_implementation == "sdpa"
+        and has_attention_dropout(model.config)
+        and model._can_set_attn_implementation()
+    ):
+        model.set_attn_implementation(FAST_ATTENTION)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
