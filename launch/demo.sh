@@ -8,4 +8,5 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" # DeepSpeed looks for ninja there
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" # accelerate launch would use one core
 accelerate launch recipes/lora_sst2.py "$@"

@@ -155,12 +155,21 @@ def run_variant(
     environment = os.environ | launch_environment(options)
     result = subprocess.run(launch_command(options), env=environment, capture_output=True, text=True)
     if result.returncode != 0 or not (target / "record.json").exists():
-        output = "\n".join((result.stdout + result.stderr).strip().splitlines()[-25:])
-        raise BackendError(
-            f"{variant.label}: the run ended with code {result.returncode} and no record. Its last lines:\n{output}"
-        )
+        words = own_lines(result.stdout + result.stderr)
+        raise BackendError(f"{variant.label}: the run ended with code {result.returncode}. Its last lines:\n{words}")
     print(f"{variant.label:<20} {time.perf_counter() - started:6.1f} s", file=sys.stderr)
     return read_record(variant.label, target)
+
+
+def own_lines(output: str) -> str:
+    """The last lines of the recipe itself, without those the launcher prints after a failure."""
+    lines = output.strip().splitlines()
+    ends = [
+        number
+        for number, line in enumerate(lines)
+        if "torch/distributed/elastic" in line or "launch_command(args)" in line
+    ]
+    return "\n".join(lines[: ends[0] if ends else None][-30:])
 
 
 def read_record(label: str, folder: Path) -> Record:

@@ -3,6 +3,7 @@
 The loop calls it at its three `if`s. Only rank 0 writes; the methods that gather weights or test are collective and say so.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from trainer.backend import Engine
@@ -36,6 +38,7 @@ class RunOutput:
         self.is_main, self.folder = engine.rank == 0, config.folder
         self.on_rank_0(self.start_folder)
         self.log = RunLog(self.folder, is_main=self.is_main, total_steps=num_steps)
+        self.log.say(self.describe_backend())
         self.started = time.perf_counter()
         self.samples_per_s: list[float] = []
 
@@ -54,6 +57,18 @@ class RunOutput:
         """Rank 0: an empty run directory with the resolved config."""
         start_run_folder(self.folder)
         (self.folder / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
+
+    def describe_backend(self) -> str:
+        """What is about to run, and on how much of the machine."""
+        engine = self.engine
+        words = f"backend    {engine.describe()}"
+        if engine.device.type != "cpu":
+            return words
+        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        words += f", {threads} thread(s) each on {cores} cores"
+        if engine.world_size * threads * 2 <= cores:  # accelerate launch sets one thread where the user sets none
+            words += f"; OMP_NUM_THREADS={cores // engine.world_size} would use them all"
+        return words
 
     def close(self) -> None:
         """Flush the logs."""
@@ -144,7 +159,7 @@ class RunOutput:
         engine = self.engine
         return {
             "name": self.config.name,
-            "backend": f"{engine.backend}, {engine.world_size} process(es), precision {engine.precision}, {engine.device.type}",
+            "backend": engine.describe(),
             "steps": progress.step,
             "best step": f"{progress.best_step} (validation {self.config.train.metric} {progress.best_metric:.4f})",
             **{f"{split_name} {name}": value for name, value in metrics.items()},

@@ -48,6 +48,12 @@ class Engine:
         self.loss_scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else 1.0
         self.good_steps = 0
 
+    def describe(self) -> str:
+        """Backend, processes, precision and device in words."""
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        precision = "fp32" if self.precision == "no" else f"{self.precision} over fp32 weights"
+        return f"{self.backend}, {processes}, {precision}, {self.device.type}"
+
     # One step
 
     def set_learning_rate(self, lr: float) -> None:

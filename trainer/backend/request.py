@@ -30,11 +30,16 @@ def read_request(environ: Mapping[str, str]) -> Request:
         raise BackendError(
             f"mixed precision ({precision}) must be one of {', '.join(PRECISIONS)}; start with --mixed_precision bf16"
         )
-    backend = _backend_name(environ)
+    backend, world_size = _backend_name(environ), int(environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" not in environ and (backend != "single" or world_size > 1):
+        raise BackendError(
+            f"asked for {backend} with {world_size} process(es), but this process has no rank (LOCAL_RANK is not set), so it would "
+            "train alone; start with `samestep run`, or `accelerate launch --config_file accelerate_configs/NAME.yaml` without --cpu"
+        )
     return Request(
         backend=backend,
         precision=precision,
-        world_size=int(environ.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         on_cpu=_is_true(environ, "ACCELERATE_USE_CPU"),
         offload=_asks_for_offload(backend, environ),
     )

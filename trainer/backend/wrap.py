@@ -163,7 +163,7 @@ def describe_wrapper(wrapped: Any) -> str:
 
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return "ddp"
-    if isinstance(wrapped, FSDPModule):
+    if isinstance(wrapped, FSDPModule) and isinstance(wrapped, nn.Module):
         blocks = repeated_blocks(wrapped)
         sharded = all(isinstance(block, FSDPModule) for block in blocks)
         return "fsdp" if sharded and all(is_dtensor(p) for p in wrapped.parameters()) else "fsdp with unsharded parts"

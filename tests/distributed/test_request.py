@@ -1,0 +1,73 @@
+"""The launcher's environment names the backend, and what cannot run is refused by name."""
+
+import pytest
+
+from tests.rank_pool import BACKEND_ENV, run_ranks
+from trainer.backend import build_accelerator
+from trainer.backend.request import read_request
+from trainer.config import RunConfig, TrainConfig
+from trainer.errors import BackendError, ConfigError
+
+RANKED = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKEND_ENV if name != "single"])
+def test_the_environment_names_the_backend(backend: str) -> None:
+    request = read_request(BACKEND_ENV[backend] | RANKED | {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert request.backend == backend.removesuffix("_offload")
+    assert request.offload == backend.endswith("_offload")
+    assert (request.world_size, request.precision) == (2, "bf16")
+
+
+def test_an_empty_environment_is_single_in_fp32() -> None:
+    request = read_request({})
+    assert (request.backend, request.world_size, request.precision, request.on_cpu) == ("single", 1, "no", False)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, r"mixed precision \(fp8\) must be one of no, bf16, fp16"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version \(1\) must be 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"fsdp_version \(1\) must be 2"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+            r"zero_stage \(0\) must be 1, 2 or 3",
+        ),
+        (
+            BACKEND_ENV["zero3"] | {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
+            r"zero3_init_flag \(true\) is not supported",
+        ),
+        (BACKEND_ENV["zero3"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, r"offload device \(nvme\)"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        read_request(environ | RANKED)
+
+
+def refused(error: type[Exception], global_batch_size: int) -> str:
+    """The message with which this rank's build_accelerator stops."""
+    try:
+        build_accelerator(RunConfig(name="t", train=TrainConfig(max_steps=1, global_batch_size=global_batch_size)))
+    except error as problem:
+        return str(problem)
+    return "ran"
+
+
+def test_deepspeed_that_would_run_as_lone_processes_is_refused() -> None:
+    # without a rank in the environment Accelerate 1.15 starts N unrelated runs
+    environ = BACKEND_ENV["zero2"] | {"WORLD_SIZE": "2"}
+    messages = run_ranks(refused, "single", 1, args=(BackendError, 8), environ=environ)
+    assert "asked for zero2 with 2 process(es), but this process has no rank" in messages[0]
+
+
+def test_fsdp_without_ranks_is_refused_and_not_run_as_something_else() -> None:
+    messages = run_ranks(refused, "single", 1, args=(BackendError, 8), environ=BACKEND_ENV["fsdp"])
+    assert "asked for fsdp with 1 process(es), but this process has no rank" in messages[0]
+
+
+def test_a_global_batch_smaller_than_the_ranks_is_refused_on_all_of_them() -> None:
+    for message in run_ranks(refused, "ddp", 3, args=(ConfigError, 2)):
+        assert "train.global_batch_size (2) must be at least the number of processes (3)" in message
