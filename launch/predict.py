@@ -28,7 +28,7 @@ TEXTS_AT_ONCE = 4096
 
 
 def predict_command(
-    run: Path, texts: list[str], *, file: Path | None = None, batch_size: int = 64, as_json: bool = False
+    run: Path, texts: list[str], *, file: Path | None = None, batch_size: int = 32, as_json: bool = False
 ) -> int:
     """Predict the texts, then the lines of `file`; `-`, or neither, is standard input. Returns the exit code.
 

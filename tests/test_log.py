@@ -15,7 +15,8 @@ import pytest
 
 from trainer.errors import ConfigError, SamestepError
 from trainer.log import RunLog, json_line, start_run_folder, write_summary
-from trainer.screen import clock, eta_s, progress_words
+from trainer.quiet import quiet_prints
+from trainer.screen import announce, clock, eta_s, progress_words
 
 ROOT = Path(__file__).parents[1]
 VALUES = {"epoch": 0.5, "train/loss": 0.4312, "train/accuracy": 0.8, "train/lr": 8.1e-4, "samples_per_s": 92.4}
@@ -93,6 +94,10 @@ def test_a_full_disk_is_a_message_that_names_the_fix(folder):
     log = RunLog(folder, is_main=True, total_steps=1)
     with pytest.raises(SamestepError, match=r"metrics\.jsonl cannot be written: No space left.*run_dir=PATH"):
         log.record(VALUES, 1)
+    with pytest.raises(SamestepError, match="No space left"):
+        log.close()
+    log.close()
+    assert log.text.closed
 
 
 # Screen
@@ -214,6 +219,21 @@ def test_library_chatter_is_in_the_log_and_off_the_screen(folder):
         "from transformers",
     ):  # fmt: skip
         assert log.count(words) == 1, (words, log)
+
+
+def test_what_is_announced_and_printed_before_the_run_folder_is_open_is_in_the_log_too(folder, capfd):
+    announce("data  two lines\nof it", is_main=True)
+    announce("another rank", is_main=False)
+    with quiet_prints("deepspeed"):
+        print("built successfully\n")
+    with pytest.raises(ValueError), quiet_prints("deepspeed"):  # noqa: PT012
+        print("before the failure")
+        raise ValueError
+    RunLog(folder, is_main=True, total_steps=1).close()
+    assert capfd.readouterr().out == "data  two lines\nof it\n"
+    assert lines_of(folder / "log.txt")[-4:] == [
+        "data  two lines", "of it", "deepspeed: built successfully", "deepspeed: before the failure",
+    ]  # fmt: skip
 
 
 def test_libraries_that_were_imported_first_are_quiet_too(folder):

@@ -97,6 +97,18 @@ def test_adapter_and_full_model_predict_what_they_were_trained_on(predictor, tmp
         ]  # fmt: skip
 
 
+def test_adapter_predicts_the_same_as_plain_peft_to_rounding(predictor, run, base):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS))
+    model = PeftModel.from_pretrained(plain, run / "model").eval()
+    with torch.no_grad():
+        logits = [model(**predictor.tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS]
+    expected = torch.stack(logits).double().softmax(-1).numpy()
+    assert np.allclose([list(one.probabilities.values()) for one in predictor.predict(TEXTS)], expected, atol=1e-5)
+
+
 def test_predictions_equal_a_one_at_a_time_loop_in_the_order_given(untrained):
     texts = TEXTS * 9
     expected = []

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,22 +70,24 @@ class RunLog:
         self._note(f"step {step}/{self.total_steps}  {words}")
 
     def close(self) -> None:
-        """Flush and close everything; a second call does nothing."""
+        """Flush and close everything, even where some of it fails; a second call does nothing."""
         if not self.is_main or self.text.closed:
             return
-        chatter().stop()
-        self.screen.close()
-        try:
-            if self.events is not None:
-                with _reported(self.folder, "tensorboard"):
-                    self.events.close()
-        finally:
-            self.metrics.close()
-            self.text.close()
+        with ExitStack() as last:
+            last.callback(self.text.close)
+            last.callback(self.metrics.close)
+            last.callback(self._close_events)
+            last.callback(self.screen.close)
+            last.callback(chatter().stop)
 
     def _note(self, message: str) -> None:
         """Into log.txt only."""
         self.text.write(Text.from_ansi(message).plain)
+
+    def _close_events(self) -> None:
+        if self.events is not None:
+            with _reported(self.folder, "tensorboard"):
+                self.events.close()
 
     def _add_events(self, numbers: Mapping[str, Value], step: int) -> None:
         with _reported(self.folder, "tensorboard"):

@@ -5,11 +5,13 @@ the run directory is open is held, and RunLog then writes it down. Invariant: a 
 screen is in log.txt; errors, and warnings of code that is not a library, stay on the screen too.
 """
 
+import io
 import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 
 LIBRARIES = (
     "accelerate",
@@ -36,30 +38,34 @@ QUIET_ENVIRONMENT = {
 """Set where the user has not set them: HF_HUB_DISABLE_PROGRESS_BARS=0 brings the download bars back."""
 
 MOST_HELD = 1000
-"""Records held before a run directory is open; older ones are dropped."""
+"""Lines held before a run directory is open; older ones are dropped."""
 
 
 class Chatter(logging.Handler):
-    """Takes warnings and errors of the whole process: holds them, then gives each as one line to `write`."""
+    """Takes warnings and errors of the whole process: holds them as text, then gives each to `write`."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        self.held: deque[logging.LogRecord] = deque(maxlen=MOST_HELD)
+        self.held: deque[str] = deque(maxlen=MOST_HELD)
         self.write: Callable[[str], None] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write or hold one record."""
+        self.note(self.format(record).rstrip())
+
+    def note(self, message: str) -> None:
+        """Write or hold something that was said in another way."""
         if self.write is None:
-            self.held.append(record)
+            self.held.append(message)
         else:
-            self.write(self.format(record))
+            self.write(message)
 
     def start(self, write: Callable[[str], None]) -> None:
-        """Write what was held, and from now on every record."""
+        """Write what was held, and from now on everything at once."""
         self.write = write
         while self.held:
-            write(self.format(self.held.popleft()))
+            write(self.held.popleft())
 
     def stop(self) -> None:
         """Hold again."""
@@ -86,6 +92,21 @@ def chatter() -> Chatter:
     handler = Chatter()
     logging.root.addHandler(handler)
     return handler
+
+
+@contextmanager
+def quiet_prints(source: str) -> Iterator[None]:
+    """Around a library call that prints: its lines go to log.txt with `source` before them. Every rank.
+
+    Only Python's own prints are caught. They are kept when the call fails, too.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in filter(None, map(str.rstrip, printed.getvalue().splitlines())):
+            chatter().note(f"{source}: {line}")
 
 
 class _Screen(logging.StreamHandler):

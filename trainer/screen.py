@@ -1,8 +1,8 @@
 """What a person watching the run sees: lines, and below them one bar, on standard output.
 
-Place in the flow: RunLog on rank 0 is its only user. Invariant: where standard output is not a terminal there are plain
-lines without colours or carriage returns; and no failure of the screen (a closed pipe, a lost connection) stops the
-training.
+Place in the flow: RunLog on rank 0 uses it; `announce` is for what comes before there is one. Invariant: where standard
+output is not a terminal there are plain lines without colours or carriage returns; and no failure of the screen (a
+closed pipe, a lost connection) stops the training.
 """
 
 import sys
@@ -13,6 +13,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
+
+from trainer.quiet import chatter
 
 
 class Screen:
@@ -71,6 +73,13 @@ class Screen:
             write()
         except OSError:
             self.is_lost = True
+
+
+def announce(message: str, *, is_main: bool) -> None:
+    """Say something before there is a RunLog: on rank 0's screen now, and in log.txt once the run directory is open."""
+    if is_main:
+        print_plain(sys.stdout, message)
+        chatter().note(message)
 
 
 def progress_words(values: Mapping[str, float], remaining_s: float | None) -> str:

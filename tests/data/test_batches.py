@@ -17,6 +17,21 @@ def test_the_generator_has_not_changed() -> None:
     assert random_words(3, 1, 2).tolist() == [16613338946343043936, 5167718485781182436, 139405959784801653]
 
 
+def test_the_batches_have_not_changed() -> None:
+    # golden values too: they fix pools, the draw of the last batch and the order of the batches
+    batches = epoch_batches(LENGTHS[:30], 4, 3, 1, group_by_length=True)
+    assert [batch.tolist() for batch in batches] == [
+        [20, 29, 17, 22],
+        [6, 11, 8, 13],
+        [0, 23, 2, 3],
+        [28, 15, 24, 21],
+        [18, 5, 1, 19],
+        [27, 7, 25, 4],
+        [14, 16, 12, 26],
+        [9, 10],
+    ]
+
+
 def test_splitmix64_agrees_with_the_published_first_output() -> None:
     # Vigna's splitmix64.c from state 0 gives 0xe220a8397b1dcdaf first
     assert int(random_words(1)[0]) == 0xE220A8397B1DCDAF
@@ -49,10 +64,29 @@ def test_ranks_share_a_global_batch_exactly(count, world_size, micro) -> None:
         assert all(len(part) <= (micro or count) for part in shares[rank])
 
 
+def test_samples_of_a_small_training_set_meet_others_in_every_epoch() -> None:
+    def batches(epoch: int) -> set[frozenset[int]]:
+        return {frozenset(b.tolist()) for b in epoch_batches(LENGTHS[:200], 10, 0, epoch, group_by_length=True)}
+
+    assert len(batches(0) & batches(1)) <= 2 and len(batches(0)) == 20
+
+
+def test_the_last_smaller_batch_is_drawn_like_any_sample() -> None:
+    last = np.concatenate([epoch_batches(LENGTHS, 48, 0, epoch, group_by_length=True)[-1] for epoch in range(20)])
+    assert len(last) == 20 * (1000 % 48)
+    assert abs(LENGTHS[last].mean() - LENGTHS.mean()) < 1.5
+
+
+def test_a_plain_shuffle_takes_no_account_of_length() -> None:
+    longest = [int(LENGTHS[b].max()) for b in epoch_batches(LENGTHS, 16, 0, 0, group_by_length=False)]
+    assert min(longest) > 20
+
+
 def test_grouping_by_length_leaves_little_padding() -> None:
     def padding(group: bool) -> float:
-        batches = epoch_batches(LENGTHS, 16, 0, 0, group_by_length=group)
-        return 1 - LENGTHS.sum() / sum(len(b) * LENGTHS[b].max() for b in batches)
+        lengths = np.tile(LENGTHS, 4)
+        batches = epoch_batches(lengths, 16, 0, 0, group_by_length=group)
+        return 1 - lengths.sum() / sum(len(b) * lengths[b].max() for b in batches)
 
     assert padding(True) < 0.05 < 0.3 < padding(False)
 

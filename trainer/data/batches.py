@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-POOL_BATCHES = 50  # batches sorted by length together: similar lengths inside a batch, and still 50 ways to fill it
+POOL_BATCHES = 50  # at most, sorted by length together: similar lengths inside a batch, and other company every epoch
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -22,14 +22,15 @@ def epoch_batches(lengths: Ids, batch_size: int, seed: int, epoch: int, *, group
     POOL_BATCHES batches by length, cut, and shuffle the batches.
     """
     order = permutation(len(lengths), seed, epoch, 0)
-    if group_by_length:
-        pool = POOL_BATCHES * batch_size
-        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        order = np.concatenate([by_length(ids, lengths) for ids in pools]) if pools else order
-    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    rest = [cut.pop()] if cut and len(cut[-1]) < batch_size else []
-    shuffled = [cut[position] for position in permutation(len(cut), seed, epoch, 1)] if group_by_length else cut
-    return [by_length(ids, lengths) for ids in (*shuffled, *rest)]
+    num_full = len(order) // batch_size
+    # The smaller batch is drawn before sorting, or the longest samples would end every epoch.
+    full, rest = order[: num_full * batch_size], order[num_full * batch_size :]
+    if group_by_length and num_full:
+        # At least four pools, or a small training set would meet in the same batches every epoch.
+        pool = max(1, min(POOL_BATCHES, num_full // 4)) * batch_size
+        full = np.concatenate([by_length(full[start : start + pool], lengths) for start in range(0, len(full), pool)])
+    batches = list(full.reshape(num_full, batch_size)[permutation(num_full, seed, epoch, 1)])
+    return [by_length(ids, lengths) for ids in (*batches, *([rest] if len(rest) else []))]
 
 
 def by_length(ids: Ids, lengths: Ids) -> Ids:
@@ -39,8 +40,8 @@ def by_length(ids: Ids, lengths: Ids) -> Ids:
 
 def rank_share(batch: Ids, rank: int, world_size: int) -> Ids:
     """What `rank` holds of a global batch: sample i of b belongs to rank floor(i * world_size / b)."""
-    owners = np.arange(len(batch)) * world_size // max(len(batch), 1)
-    return batch[owners == rank]
+    start, end = (-(-edge * len(batch) // world_size) for edge in (rank, rank + 1))  # rounded up
+    return batch[start:end]
 
 
 def micro_batches(batch: Ids, rank: int, world_size: int, micro_batch_size: int | None) -> list[Ids]:

@@ -1,211 +1,237 @@
 """Sentences with labels: read, checked, split, tokenized. Every rank reads the same data and arrives at the same splits.
 
-`read_splits` needs neither torch nor a tokenizer, so that mistakes in the data are found before anything is launched.
+`read_splits` needs neither torch nor a tokenizer, so that mistakes in the data are found before anything is launched;
+`build_data` goes on to what the loop reads, and prints what it is. No collective.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainer.config import ClassificationData, ModelConfig, RunConfig
-from trainer.data.batches import Ids, epoch_batches
-from trainer.data.labels import Examples, read_examples, stratified_split
-from trainer.data.tables import describe_source, is_file_source, read_table
-from trainer.errors import ConfigError, DataError
+from trainer.config import ClassificationData, RunConfig
+from trainer.data.batches import epoch_batches, micro_batches
+from trainer.data.samples import Samples, bad_rows_report, check_labels, label_set, read_samples
+from trainer.data.sources import read_named_split, read_source
+from trainer.data.split import stratified_split
+from trainer.data.tables import Table
+from trainer.data.tokens import Split, Tokenized, check_max_length, tokenize
+from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ClassificationSet", "RawSplits", "Split", "build_data", "read_splits"]
 
 IGNORED = -100
+MOST_CLASSES_SHOWN = 6
+BATCHES_LOOKED_AT = 200
+"""For the padding share; the batches of an epoch come in random order, so that the first ones speak for all."""
 
 
 @dataclass(frozen=True)
 class RawSplits:
-    """Texts and class ids of each split, before tokenizing. `notes`: dropped rows, for the screen."""
+    """Texts and class ids of each split, before they are tokenized."""
 
-    train: Examples
-    validation: Examples
-    test: Examples | None
+    train: Samples
+    validation: Samples
+    test: Samples | None
     label_names: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Tokenized examples in flat arrays.
-
-    tokens: int32, all examples one after another; offsets: int64 (N+1,); token_types: int8 like tokens, or None;
-    labels: int64 (N,).
-    """
-
-    tokens: NDArray[np.int32]
-    offsets: Ids
-    token_types: NDArray[np.int8] | None
-    labels: Ids
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> Ids:
-        """Tokens per example, (N,) int64."""
-        return np.diff(self.offsets)
+    """In the order of class ids."""
+    sources: tuple[str, ...]
+    """Where each table came from: what was asked for, what it is, and how splits were cut."""
+    dropped: tuple[str, ...]
+    """For each table with bad rows, a report of those that were left out."""
 
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """What the loop reads: splits, label names, and how examples become a batch."""
+    """What the loop reads: tokenized splits, and how samples become a batch."""
 
     train: Split
     validation: Split
     test: Split | None
     label_names: tuple[str, ...]
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     pad_token_id: int = 0
+    """Fills short samples; the attention mask hides it."""
 
-    def collate(self, split: Split, ids: Ids) -> "dict[str, Tensor]":
-        """A batch of CPU tensors, padded on the right to its longest example.
+    def collate(self, split: Split, ids: np.ndarray) -> "dict[str, Tensor]":
+        """A batch of CPU tensors, padded on the right to its longest sample.
 
-        input_ids, attention_mask and (where the tokenizer makes them) token_type_ids: (B, T) int64; labels: (B,) int64.
-        Without ids: one dummy example, the split's first, whose label is -100, so that ranks make equally many forward passes.
+        input_ids, attention_mask and, where the model needs them, token_type_ids: (B, T) int64; labels: (B,) int64. Without
+        ids: one dummy sample, the split's first, whose label is -100, so that ranks make equally many forward passes.
         """
-        import torch
+        import torch  # not at the top: read_splits runs where a second for torch is too long
 
-        chosen = ids if len(ids) else np.zeros(1, np.int64)
-        lengths = split.lengths[chosen]
-        columns = np.arange(int(lengths.max()))
+        rows = ids if len(ids) else np.zeros(1, np.int64)
+        starts = split.offsets[rows]
+        lengths = split.offsets[rows + 1] - starts
+        columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]
-        source = np.where(mask, split.offsets[chosen][:, None] + columns, 0)
-        batch = {"input_ids": np.where(mask, split.tokens[source], self.pad_token_id), "attention_mask": mask}
+        places = np.where(mask, starts[:, None] + columns, 0)
+        batch = {"input_ids": np.where(mask, split.tokens[places], self.pad_token_id), "attention_mask": mask}
         if split.token_types is not None:
-            batch["token_type_ids"] = np.where(mask, split.token_types[source], 0)
-        batch["labels"] = split.labels[chosen] if len(ids) else np.full(1, IGNORED)
+            batch["token_type_ids"] = np.where(mask, split.token_types[places], 0)
+        batch["labels"] = split.labels[rows] if len(ids) else np.full(1, IGNORED)
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
 
 
-def read_splits(config: ClassificationData) -> RawSplits:
-    """Read, check and split. DataError names file, line, rule and fix."""
-    notes: list[str] = []
-    table = read_table(config.source, subset=config.subset)
-    names = config.labels
-    whole, names = read_examples(table, config, names, notes)
-    parts = {name: named_split(config, name, names, notes) for name in ("validation", "test")}
-    fractions = [
-        config.validation_fraction * (parts["validation"] is None),
-        config.test_fraction * (parts["test"] is None),
-    ]
-    train, cut_validation, cut_test = stratified_split(whole, names, fractions, config.split_seed, config.source)
-    return RawSplits(
-        train=train,
-        validation=parts["validation"] or cut_validation,
-        test=parts["test"] or (cut_test if len(cut_test) else None),
-        label_names=names,
-        notes=tuple(notes),
-    )
-
-
-def named_split(config: ClassificationData, field: str, names: tuple[str, ...], notes: list[str]) -> Examples | None:
-    """The split that `data.validation` or `data.test` names: a file, or a split of the hub dataset; None where it names none."""
-    source = getattr(config, field)
-    if source is None:
-        return None
-    if is_file_source(source) or is_file_source(config.source) or config.source.startswith("asset:"):
-        table = read_table(source) if is_file_source(source) else None
-        if table is None:
-            raise DataError(
-                f"data.{field} ({source}) is no file; only a hub dataset has named splits, and data.source is {config.source}"
-            )
-    else:
-        table = read_table(config.source, subset=config.subset, split=source)
-    return read_examples(table, config, names, notes)[0]
+def read_splits(data: ClassificationData) -> RawSplits:
+    """Read, check and split. DataError names file, line, rule and fix, of all files at once."""
+    tables = _read_tables(data)
+    names = label_set(tables["train"], data)
+    parts, problems, dropped = {}, [], []
+    for name, table in tables.items():
+        parts[name], bad, problem = read_samples(table, data, names, setting=_setting(name))
+        if problem is not None:
+            problems.append(problem)
+        elif bad:
+            dropped.append(f"{table.name}: {len(bad):,} of {len(table):,} rows left out\n{bad_rows_report(table, bad)}")
+    if problems:
+        raise DataError("\n".join(problems))
+    check_labels(tables["train"], data, names)
+    parts |= _cut(parts["train"], data, names)
+    sources = _describe_sources(tables, data)
+    return RawSplits(parts["train"], parts["validation"], parts.get("test"), names, sources, tuple(dropped))
 
 
 def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationSet:
-    """Read and tokenize the data and print what it is. Every rank calls it; rank 0 prints."""
-    from trainer.model.load import load_tokenizer
+    """Read and tokenize the data and print what it is. Every rank calls it, and each does all of it; rank 0 prints.
 
-    raw = read_splits(config.data)
+    DataError, or ConfigError for a `data.max_length` that does not fit the model.
+    """
+    # Not at the top: of the data modules this function alone stands above the model.
+    from trainer.model.load import load_architecture, load_tokenizer
+
+    data = config.data
+    raw = read_splits(data)
     tokenizer = load_tokenizer(config.model)
-    pad_token_id = padding_token(tokenizer, config.model)
-    check_max_length(config.data.max_length, tokenizer)
-    splits = [
-        None if part is None else tokenize(part, tokenizer, config.data.max_length)
-        for part in (raw.train, raw.validation, raw.test)
+    positions = getattr(load_architecture(config.model, raw.label_names), "max_position_embeddings", None)
+    pair = data.text_pair is not None
+    check_max_length(data.max_length, tokenizer, pair=pair, source=config.model.source, positions=positions)
+    train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
+    test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split
+    built = ClassificationSet(
+        train.split, validation.split, test, raw.label_names, tokenizer, pad_token_id=tokenizer.pad_token_id
+    )
+    accelerator.print(_describe(config, raw, built, train, world_size=accelerator.num_processes))
+    return built
+
+
+def _setting(name: str) -> str:
+    return "data.source" if name == "train" else f"data.{name}"
+
+
+def _read_tables(data: ClassificationData) -> dict[str, Table]:
+    """The source as "train", and the named splits. DataError for all that cannot be read."""
+    columns = {"data.text": data.text, "data.label": data.label}
+    if data.text_pair is not None:
+        columns["data.text_pair"] = data.text_pair
+    tables, problems = {}, []
+    for name, source in (("train", data.source), ("validation", data.validation), ("test", data.test)):
+        try:
+            if name == "train":
+                tables[name] = read_source(data, columns)
+            elif source is not None:
+                tables[name] = read_named_split(data, _setting(name), source, columns)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return tables
+
+
+def _cut(whole: Samples, data: ClassificationData, names: tuple[str, ...]) -> dict[str, Samples]:
+    """The training samples, and those held out for the splits that are not named."""
+    fractions = {
+        "validation": None if data.validation else data.validation_fraction,
+        "test": None if data.test else data.test_fraction or None,
+    }
+    if not any(fractions.values()):
+        return {}
+    sizes = tuple(round(len(whole) * fraction) if fraction else 0 for fraction in fractions.values())
+    for (name, fraction), size in zip(fractions.items(), sizes, strict=True):
+        if fraction and not size:
+            raise DataError(
+                f"data.{name}_fraction ({fraction:g}) of {len(whole):,} samples is none; raise it, or name a {name} split"
+            )
+    train, validation, test = stratified_split(whole.labels, (sizes[0], sizes[1]), names, seed=data.split_seed)
+    held_out = {"validation": validation, "test": test}
+    return {"train": whole.take(train)} | {name: whole.take(held_out[name]) for name in fractions if fractions[name]}
+
+
+def _describe_sources(tables: dict[str, Table], data: ClassificationData) -> tuple[str, ...]:
+    lines = []
+    for name, table in tables.items():
+        what = f"{data.source} (asset, {table.name})" if table.kind == "asset" else f"{table.name} ({table.kind})"
+        lines.append(f"{what}, {len(table):,} rows" if name == "train" else f"{name}: {what}, {len(table):,} rows")
+    cut = [
+        f"{name} {fraction:.0%}"
+        for name, fraction in (("validation", data.validation_fraction), ("test", data.test_fraction))
+        if name not in tables and fraction
     ]
-    train, validation, test = (None if pair is None else pair[0] for pair in splits)
-    assert train is not None and validation is not None and splits[0] is not None
-    data = ClassificationSet(train, validation, test, raw.label_names, tokenizer, pad_token_id)
-    accelerator.print(describe(config, data, raw.notes, num_cut=splits[0][1]))
-    return data
+    if cut:
+        lines.append(f"held out of it, stratified by label, data.split_seed {data.split_seed}: {', '.join(cut)}")
+    return tuple(lines)
 
 
-def padding_token(tokenizer: Any, model: ModelConfig) -> int:
-    """The id that fills short examples; models without one (GPT-2) pad with the end token."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ConfigError(
-        f"model.source ({model.source}): the tokenizer has neither a padding nor an end token; use another tokenizer"
-    )
-
-
-def check_max_length(max_length: int, tokenizer: Any) -> None:
-    """ConfigError where texts may become longer than the model can read."""
-    limit = tokenizer.model_max_length
-    if limit < 10**6 and max_length > limit:
-        raise ConfigError(
-            f"data.max_length ({max_length}) must be at most the tokenizer's limit ({limit}); set data.max_length={limit}"
-        )
-
-
-def tokenize(examples: Examples, tokenizer: Any, max_length: int) -> tuple[Split, int]:
-    """The examples as a Split, and how many of them were cut to `max_length` tokens."""
-    encoded = encode(tokenizer, examples.texts, examples.pairs, truncation=True, max_length=max_length)
-    ids = encoded["input_ids"]
-    lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-    full = np.flatnonzero(lengths >= max_length)
-    pairs = [examples.pairs[i] for i in full] if examples.pairs else None
-    whole = encode(tokenizer, [examples.texts[i] for i in full], pairs)["input_ids"] if len(full) else []
-    num_cut = sum(len(tokens) > max_length for tokens in whole)
-    types = encoded.get("token_type_ids")
-    split = Split(
-        tokens=np.fromiter((t for tokens in ids for t in tokens), np.int32, int(lengths.sum())),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        token_types=None
-        if types is None
-        else np.fromiter((t for row in types for t in row), np.int8, int(lengths.sum())),
-        labels=examples.labels,
-    )
-    return split, num_cut
-
-
-def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, **options: Any) -> Any:
-    """One batched call of the tokenizer, without padding; `verbose` off, since too long texts are counted here."""
-    return tokenizer(list(texts), None if pairs is None else list(pairs), padding=False, verbose=False, **options)
-
-
-def describe(config: RunConfig, data: ClassificationSet, notes: Sequence[str], *, num_cut: int) -> str:
+def _describe(config: RunConfig, raw: RawSplits, built: ClassificationSet, train: Tokenized, *, world_size: int) -> str:
     """What the data is, for the screen before training."""
-    batch_size, lengths = config.train.global_batch_size, data.train.lengths
+    batch_size, lengths = config.train.global_batch_size, built.train.lengths
     batches = epoch_batches(lengths, batch_size, config.train.seed, 0, group_by_length=config.data.group_by_length)
-    padded = sum(len(ids) * int(lengths[ids].max()) for ids in batches)
-    lines = [
-        f"data       {config.data.source} ({describe_source(config.data.source)})",
-        *(f"           {note}" for note in notes),
+    padding = padding_share(lengths, batches[:BATCHES_LOOKED_AT], world_size, config.train.micro_batch_size)
+    last = f", the last of {len(batches[-1])}" if len(batches[-1]) < batch_size else ""
+    splits = {"train": built.train, "validation": built.validation, "test": built.test}
+    rows = [
+        ("data", raw.sources + tuple(line for report in raw.dropped for line in report.split("\n"))),
+        (
+            "",
+            _split_table({name: split.labels for name, split in splits.items() if split is not None}, raw.label_names),
+        ),
+        ("batches", (f"{len(batches):,} global batches of {batch_size} per epoch{last}; {padding:.1%} padding",)),
+        ("tokens", (f"{train.describe_lengths(config.data.max_length)} (data.max_length)",)),
     ]
-    for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if split is not None:
-            counts = Counter(split.labels.tolist())
-            shares = "  ".join(f"{label} {counts[i]:,}" for i, label in enumerate(data.label_names))
-            lines.append(f"{name:<10} {len(split):,} samples: {shares}")
-    lines.append(f"batches    {len(batches):,} of {batch_size} per epoch, {1 - lengths.sum() / padded:.1%} padding")
-    lines.append(
-        f"tokens     mean {lengths.mean():.1f}, p95 {np.percentile(lengths, 95):.0f}, max {lengths.max()}, "
-        f"{num_cut / len(lengths):.1%} cut to {config.data.max_length}"
+    return "\n".join(
+        f"{title if number == 0 else '':<11}{line}" for title, lines in rows for number, line in enumerate(lines)
     )
-    return "\n".join(lines)
+
+
+def padding_share(
+    lengths: np.ndarray, batches: Sequence[np.ndarray], world_size: int, micro_batch_size: int | None
+) -> float:
+    """Share of all tokens in these global batches that are padding, as the ranks will cut and pad them."""
+    size = used = 0
+    for batch in batches:
+        for rank in range(world_size):
+            for ids in micro_batches(batch, rank, world_size, micro_batch_size):
+                if len(ids):
+                    size += len(ids) * int(lengths[ids].max())
+                    used += int(lengths[ids].sum())
+    return 1 - used / size
+
+
+def _split_table(labels: dict[str, np.ndarray], names: Sequence[str]) -> tuple[str, ...]:
+    """Samples of each split and class, in columns; of many classes only the rarest and the commonest."""
+    counts = {split: np.bincount(ids, minlength=len(names)) for split, ids in labels.items()}
+    if len(names) > MOST_CLASSES_SHOWN:
+        by_count = np.argsort(counts["train"], kind="stable")
+        shown, titles = by_count[[0, -1]], ["rarest: ", "commonest: "]
+        heading = [f"samples of {len(names)} labels"]
+    else:
+        shown, titles, heading = np.arange(len(names)), [""] * len(names), ["samples"]
+    table = [["", *heading, *(title + names[label] for title, label in zip(titles, shown, strict=True))]]
+    for split, count in counts.items():
+        shares = [f"{count[label]:,} ({count[label] / count.sum():.1%})" for label in shown]
+        table.append([split, f"{count.sum():,}", *shares])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return tuple(
+        "  ".join(
+            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    )

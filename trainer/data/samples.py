@@ -53,49 +53,67 @@ def label_set(table: Table, data: ClassificationData) -> tuple[str, ...]:
     names = table.class_names.get(data.label)
     if names is None:
         found = {name for name in map(label_name, table.columns[data.label]) if name}
-        names = tuple(sorted(found, key=int if all(map(_is_integer, found)) else None))
-    if len(names) < 2:
-        raise DataError(
-            f"data.label ({data.label}): {table.name} holds {len(names) or 'no'} label{' ' + repr(names[0]) if names else 's'}, "
-            "and two or more classes are needed; name the column of the labels"
-        )
+        in_order = sorted(found)  # first by name: a set's own order differs between processes
+        names = tuple(sorted(in_order, key=int) if all(map(_is_integer, found)) else in_order)
     return names
 
 
+def check_labels(table: Table, data: ClassificationData, names: Sequence[str]) -> None:
+    """DataError where there is nothing to tell apart."""
+    if len(names) < 2:
+        raise DataError(
+            f"data.label ({data.label}): the only label in {table.name} is {names[0]!r}, and two or more are needed; name the "
+            "column of the labels, or add samples of another class"
+        )
+
+
 def label_name(value: object) -> str | None:
-    """A label as text: 3, 3.0 and "3" are one label. None where there is no label; "" where it can be no class name."""
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return str(int(value)) if value.is_integer() else ""
-    if value is None or isinstance(value, str):
-        return value.strip() or None if value else None
+    """A label as text: 3, 3.0 and "3" are one label, and true is "true". None where there is no label; "" where it can be no class name."""
+    if value is None or value != value:  # a missing number is NaN in many files
+        return None
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(value) if isinstance(value, int) else ""
 
 
-def read_samples(table: Table, data: ClassificationData, names: Sequence[str]) -> tuple[Samples, list[BadRow]]:
-    """The usable rows of a table, and the others in the order of the file. names: the label set, in the order of class ids."""
-    texts, pairs = table.columns[data.text], table.columns[data.text_pair] if data.text_pair else None
+def read_samples(
+    table: Table, data: ClassificationData, names: Sequence[str], *, setting: str
+) -> tuple[Samples, list[BadRow], str | None]:
+    """The usable rows of a table, the others in the order of the file, and what is wrong where these are too many.
+
+    names: the label set, in the order of class ids. setting: the field that named the table.
+    """
+    if is_unlabelled(table, data, names):
+        named = "" if setting == "data.source" else f", or set {setting}=none to hold samples out of data.source"
+        problem = (
+            f"{setting} ({table.name}): no row has a label in column {data.label}, as in the test splits of many hub "
+            f"datasets; name another column or other data{named}"
+        )
+        return Samples([], None, np.zeros(0, np.int64)), [], problem
+    texts = [table.columns[column] for column in (data.text, data.text_pair) if column is not None]
     labels = _label_column(table, data.label)
     class_ids = {name: index for index, name in enumerate(names)}
     good, bad = [], [BadRow(row.line, "malformed row", row.reason) for row in table.malformed]
     for row, line in enumerate(table.lines):
-        kind, detail = _problem(texts[row], pairs[row] if pairs is not None else "-", labels[row], class_ids)
+        kind, detail = _problem([column[row] for column in texts], labels[row], class_ids)
         if kind:
             bad.append(BadRow(line, kind, detail))
         else:
             good.append(row)
     ids = np.array([class_ids[str(label_name(labels[row]))] for row in good], dtype=np.int64)
-    samples = Samples(
-        [str(texts[row]) for row in good], None if pairs is None else [str(pairs[row]) for row in good], ids
-    )
-    return samples, sorted(bad, key=lambda row: row.line)
+    first, *second = [[str(column[row]) for row in good] for column in texts]
+    bad.sort(key=lambda row: row.line)
+    return Samples(first, second[0] if second else None, ids), bad, _too_many_bad(table, data, bad, names)
 
 
 def is_unlabelled(table: Table, data: ClassificationData, names: Sequence[str]) -> bool:
     """Whether no row has a label, as in a hub's test split, which has -1 everywhere."""
     hidden = {None} if "-1" in names else {None, "-1"}
-    return all(label_name(value) in hidden for value in table.columns[data.label])
+    return bool(table.lines) and all(label_name(value) in hidden for value in table.columns[data.label])
 
 
 def bad_rows_report(table: Table, bad: Sequence[BadRow]) -> str:
@@ -111,18 +129,18 @@ def bad_rows_report(table: Table, bad: Sequence[BadRow]) -> str:
     return "\n".join(lines)
 
 
-def too_many_bad(table: Table, data: ClassificationData, bad: Sequence[BadRow], names: Sequence[str]) -> str | None:
+def _too_many_bad(table: Table, data: ClassificationData, bad: Sequence[BadRow], names: Sequence[str]) -> str | None:
     """The error of a table with more bad rows than `data.max_bad_fraction`; None if it has not."""
-    total = len(table) + len(table.malformed)
-    if len(bad) <= data.max_bad_fraction * total and len(bad) < total:
+    total = len(table)
+    if len(bad) / total <= data.max_bad_fraction and len(bad) < total:
         return None
     share = math.ceil(len(bad) / total * 1000) / 1000
     fix = "correct them" if share >= 1 else f"correct them, or set data.max_bad_fraction={share:g} to leave them out"
     if any(row.kind == "unknown label" for row in bad):
         fix += f"; the labels are {', '.join(names[:20])}: data.labels sets them"
     return (
-        f"{table.name}: {len(bad):,} of {total:,} rows cannot be used, and data.max_bad_fraction "
-        f"({data.max_bad_fraction:g}) allows {math.floor(data.max_bad_fraction * total):,}:\n{bad_rows_report(table, bad)}\n  {fix}"
+        f"{table.name}: {len(bad):,} of {total:,} rows cannot be used, more than data.max_bad_fraction "
+        f"({data.max_bad_fraction:g}):\n{bad_rows_report(table, bad)}\n  {fix}"
     )
 
 
@@ -135,9 +153,9 @@ def _label_column(table: Table, column: str) -> Sequence[object]:
     return [by_id.get(value) for value in table.columns[column]]
 
 
-def _problem(text: object, pair: object, label: object, class_ids: Mapping[str, int]) -> tuple[str, str]:
+def _problem(texts: Sequence[object], label: object, class_ids: Mapping[str, int]) -> tuple[str, str]:
     """Kind and detail of what is wrong with a row; ("", "") if nothing is."""
-    for value in (text, pair):
+    for value in texts:
         if value is None or (isinstance(value, str) and not value.strip()):
             return "empty text", ""
         if not isinstance(value, str):

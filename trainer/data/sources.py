@@ -4,6 +4,7 @@ Between the settings and trainer/data/tables.py. The rule, in this order: `asset
 can only be a path (a suffix of ours, a leading dot, slash or tilde, several slashes), which is then missing; a hub id.
 """
 
+import os  # os.path answers where pathlib raises: a name too long, a folder that may not be entered
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -32,7 +33,8 @@ def read_source(data: ClassificationData, columns: Mapping[str, str]) -> Table:
 
 def read_named_split(data: ClassificationData, setting: str, name: str, columns: Mapping[str, str]) -> Table:
     """The table of `data.validation` or `data.test`: a file, or a split of the hub dataset that `data.source` names."""
-    if Path(name).expanduser().exists() or not is_hub_id(name):
+    path = Path(name).expanduser()
+    if os.path.isfile(path) or path.suffix.lower() in READERS or name.startswith((".", "/", "~")):
         return _read_path(name, setting, columns)
     if is_hub_id(data.source):
         return _read_hub(data, setting, name, columns)
@@ -45,7 +47,7 @@ def read_named_split(data: ClassificationData, setting: str, name: str, columns:
 def is_hub_id(source: str) -> bool:
     """Whether a source is neither an asset nor a path, and is written as hub ids are: `name` or `owner/name`."""
     path = Path(source).expanduser()
-    if path.exists() or path.suffix.lower() in READERS:
+    if os.path.exists(path) or path.suffix.lower() in READERS:
         return False
     return HUB_ID.fullmatch(source) is not None
 
@@ -64,7 +66,7 @@ def _read_asset(source: str, columns: Mapping[str, str]) -> Table:
 
 def _read_path(source: str, setting: str, columns: Mapping[str, str]) -> Table:
     path = Path(source).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(
             f"{setting} ({source}): there is no such file{_near(path)}; give a file that exists, or a hub id"
         )
@@ -74,9 +76,10 @@ def _read_path(source: str, setting: str, columns: Mapping[str, str]) -> Table:
 def _near(path: Path) -> str:
     """A similar name in the same folder, or the folder that is missing too."""
     folder = path.parent
-    if not folder.is_dir():
-        return f" (nor the folder {folder})"
-    names = [child.name for child in folder.iterdir()]
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f" ({folder}: {error.strerror})"
     near = get_close_matches(path.name, names, n=3) or [name for name in names if Path(name).stem == path.name]
     return f" (did you mean {', '.join(str(folder / name) for name in near)}?)" if near else f" in {folder.absolute()}"
 
@@ -84,7 +87,7 @@ def _near(path: Path) -> str:
 def _read_hub(data: ClassificationData, setting: str, split: str, columns: Mapping[str, str]) -> Table:
     """A split of a hub dataset, downloaded or from the hub's own cache."""
     dataset = _load_hub(data, setting, split)
-    name = f"{data.source} ({split})"
+    name = f"{data.source}[{split}]"
     check_columns(name, dataset.column_names, columns)
     wanted = dataset.select_columns(list(dict.fromkeys(columns.values())))
     class_names = {
@@ -99,7 +102,7 @@ def _load_hub(data: ClassificationData, setting: str, split: str) -> "Dataset":
 
     try:
         return load_dataset(data.source, data.subset, split=split)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(" .")
         raise DataError(
             f"{setting} ({data.source if setting == 'data.source' else split}): there is no such file"

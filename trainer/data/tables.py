@@ -1,196 +1,232 @@
-"""Rows of a CSV, TSV, JSONL or Parquet file, of an asset, or of a hub dataset, each with the place it came from.
+"""Columns of a CSV, TSV, JSONL or Parquet file, each row with its place in the file.
 
-First stop of the data flow; knows nothing of labels or tokens. A line that cannot be read is kept as a Row with a problem, so that
-one broken line is counted and reported with its place, and a broken file is a DataError.
+First stop of the data flow; trainer/data/sources.py decides what a source is. Knows nothing of labels or tokens.
+Invariant: no row is skipped or guessed at in silence: what cannot be read is an error, or a malformed row that the
+caller counts.
 """
 
 import csv
-import difflib
-import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet")
-ASSET_FILES = {"sst": "sst.tsv"}
+MOST_LISTED = 20
+"""Columns named in a message; a wide table has hundreds."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One example as read. `problem` says why there are no values."""
+class Malformed:
+    """A row that could not be read."""
 
     line: int
-    values: dict[str, Any]
-    problem: str | None = None
+    reason: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in file order. `class_names`: names of integer labels, by column, where the source knows them."""
+    """The columns asked for, as the format has them: str from CSV and TSV, anything from the others; None is missing."""
 
     name: str
-    columns: tuple[str, ...]
-    rows: list[Row]
-    class_names: dict[str, list[str]] = field(default_factory=dict)
-    line_word: str = "line"
+    """What messages call it: a path, or a hub dataset and its split."""
+    kind: str
+    """asset, file or hub dataset."""
+    columns: Mapping[str, Sequence[object]]
+    """Values by column name; all of the same length."""
+    lines: Sequence[int]
+    """Of each row: the line on which it starts, from 1; without lines (Parquet, hub), its number, from 1."""
+    malformed: Sequence[Malformed] = ()
+    """Rows that are in no column."""
+    has_lines: bool = True
+    """Whether `lines` are lines of a text file."""
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For columns of class ids (a hub dataset's ClassLabel): the name of each id."""
 
-    def place(self, row: Row) -> str:
-        """Where a row stands, such as `reviews.csv:12`."""
-        return f"{self.name}:{row.line}" if self.line_word == "line" else f"{self.name} {self.line_word} {row.line}"
+    def __len__(self) -> int:
+        return len(self.lines) + len(self.malformed)
 
-
-def read_table(source: str, *, subset: str | None = None, split: str | None = None) -> Table:
-    """The table that `source` names: `asset:NAME`, a file, or a hub dataset's `split`. DataError where it cannot be read."""
-    if source.startswith("asset:"):
-        return read_file(asset_file(source.removeprefix("asset:")))
-    if is_file_source(source):
-        return read_file(Path(source).expanduser())
-    return read_hub(source, subset, split or "train")
-
-
-def describe_source(source: str) -> str:
-    """`asset`, `file` or `hub dataset`, as it will be read."""
-    if source.startswith("asset:"):
-        return "asset"
-    return "file" if is_file_source(source) else "hub dataset"
+    def place(self, line: int) -> str:
+        """Where a row is: `reviews.csv:17`, or `reviews.parquet row 17`."""
+        return f"{self.name}:{line}" if self.has_lines else f"{self.name} row {line}"
 
 
-def is_file_source(source: str) -> bool:
-    """Whether a source is meant as a path: it has a known suffix, looks like a path, or exists."""
-    looks = (
-        source.startswith((".", "/", "~"))
-        or source.lower().endswith(SUFFIXES)
-        or Path(source).suffix in (".txt", ".json")
-    )
-    return looks or Path(source).exists()
+def read_file(path: Path, columns: Mapping[str, str], *, kind: str = "file") -> Table:
+    """Read columns of a file that exists, by its suffix. columns: setting -> column, such as {"data.text": "sentence"}.
 
-
-def asset_file(name: str) -> Path:
-    """The table inside an asset. DataError for an asset that is no table."""
-    from trainer.data.assets import asset_path
-
-    if name not in ASSET_FILES:
-        raise DataError(
-            f"data.source (asset:{name}) is not a data set; those are {', '.join(f'asset:{n}' for n in ASSET_FILES)}"
-        )
-    return asset_path(name) / ASSET_FILES[name]
-
-
-def read_file(path: Path) -> Table:
-    """Read one file by its suffix."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        raise DataError(f"{path}: the format must be one of {', '.join(SUFFIXES)}; rename or convert the file")
-    if not path.is_file():
-        raise DataError(missing_file(path))
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; it must hold a text and a label column")
+    DataError: another suffix, a folder, unreadable, not UTF-8, empty, broken quoting, a column that is missing or double.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None or path.is_dir():
+        raise DataError(_not_a_table(path))
     try:
-        return read_parquet(path) if suffix == ".parquet" else read_text_table(path, suffix)
+        table = reader(path, columns, kind)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"
-        ) from None
+        reason = error.strerror or str(error)
+        raise DataError(f"{path} cannot be read: {reason}; check the file and its permissions") from None
+    if not len(table):
+        raise DataError(f"{path} holds no rows; it must hold one for each sample")
+    return table
 
 
-def missing_file(path: Path) -> str:
-    """The message for a path that is not a file, with a near name where there is one."""
-    if path.is_dir():
-        return f"{path}: is a folder; name one file in it, such as {path / 'train.csv'}"
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "; check data.source")
+def check_columns(name: str, present: Sequence[str], columns: Mapping[str, str], hint: str = "") -> None:
+    """DataError for every column asked for that `present` lacks, with the nearest name, and for one that is there twice."""
+    problems = []
+    for setting, column in columns.items():
+        if present.count(column) > 1:
+            problems.append(
+                f"{setting} ({column}): {name} has {present.count(column)} columns of that name; rename one"
+            )
+        elif column not in present:
+            near = get_close_matches(column, present, n=1) or get_close_matches(column.lower(), present, n=1)
+            fix = f"did you mean {setting}={near[0]}?" if near else f"set {setting} to one of them"
+            problems.append(f"{setting} ({column}): {name} has no such column; {fix}")
+    if problems:
+        listed = ", ".join(repr(column[:60]) for column in present[:MOST_LISTED])
+        more = f" and {len(present) - MOST_LISTED} more" if len(present) > MOST_LISTED else ""
+        raise DataError("; ".join([*problems, f"its columns are {listed}{more}{hint}"]))
 
 
-def read_text_table(path: Path, suffix: str) -> Table:
-    """CSV and TSV (a header line; the csv module's quoting) or JSON Lines, in UTF-8."""
-    text = decode(path, gzip.decompress(path.read_bytes()) if suffix.endswith(".gz") else path.read_bytes())
-    rows = (
-        list(json_rows(text))
-        if suffix.startswith(".jsonl")
-        else list(csv_rows(path, text, "\t" if suffix == ".tsv" else ","))
-    )
-    columns: dict[str, None] = {}
-    for row in rows:
-        columns.update(dict.fromkeys(row.values))
-    if not rows:
-        raise DataError(f"{path}: there are no rows below the header")
-    return Table(path.name, tuple(columns), rows)
+def _read_csv(path: Path, columns: Mapping[str, str], kind: str) -> Table:
+    return _read_separated(path, columns, kind, csv.excel)
 
 
-def decode(path: Path, data: bytes) -> str:
-    """UTF-8 text, with or without a byte order mark; DataError with the line of the first byte that is not."""
+def _read_tsv(path: Path, columns: Mapping[str, str], kind: str) -> Table:
+    return _read_separated(path, columns, kind, csv.excel_tab)
+
+
+def _read_separated(path: Path, columns: Mapping[str, str], kind: str, dialect: type[csv.Dialect]) -> Table:
+    """A header line, then rows of the csv module's dialect, where a quoted field may hold line breaks."""
+    records, lines = _parse_records(path, dialect)
+    header = records[0]
+    check_columns(str(path), header, columns, _separator_hint(header))
+    malformed = [
+        Malformed(line, f"{len(record)} fields where the header has {len(header)}")
+        for record, line in zip(records, lines, strict=True)
+        if len(record) != len(header)
+    ]
+    good = [index for index in range(1, len(records)) if len(records[index]) == len(header)]
+    places = {column: header.index(column) for column in columns.values()}
+    values = {column: [records[index][place] for index in good] for column, place in places.items()}
+    return Table(str(path), kind, values, [lines[index] for index in good], malformed)
+
+
+def _parse_records(path: Path, dialect: type[csv.Dialect]) -> tuple[list[list[str]], list[int]]:
+    """All records but blank lines, the header first, and the line on which each starts."""
+    records, lines = [], []
+    # Strict: without it a quote that is never closed takes in the rest of the file as one field.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), dialect, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 131,072 characters
+    start = 1
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, "
-            "for example with `iconv -f latin1 -t utf-8`"
-        ) from None
-
-
-def csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    """Rows with the line each starts on; quoted cells may span lines."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        header = next(reader)
-        start = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                wrong = None if len(cells) == len(header) else f"{len(cells)} cells where the header has {len(header)}"
-                yield Row(start, dict(zip(header, cells, strict=False)), wrong)
+        for record in reader:
+            if record:
+                records.append(record)
+                lines.append(start)
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not a table ({error}); check quotes and the delimiter") from None
+        raise DataError(
+            f"{path}:{start}: broken quoting in the row that starts here ({error}); a field that holds a separator, a "
+            'quote or a line break stands in "quotes", and a quote inside it is doubled ("")'
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+    return records, lines
 
 
-def json_rows(text: str) -> Iterator[Row]:
-    """One object per line; blank lines are passed over."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+def _separator_hint(header: Sequence[str]) -> str:
+    """What it means when columns are missing: another separator, if the header is one column, or no header."""
+    if len(header) == 1:
+        for mark, hint in (
+            ("\t", "the file is separated by tabs: name it .tsv"),
+            (";", "the file is separated by semicolons: write it with commas"),
+            (",", "the file is separated by commas: name it .csv"),
+        ):
+            if mark in header[0]:
+                return f"; {hint}"
+    return "; the first line must name the columns"
+
+
+def _read_jsonl(path: Path, columns: Mapping[str, str], kind: str) -> Table:
+    """One JSON object a line; blank lines are skipped. A column is there if any line has it."""
+    values: dict[str, list[object]] = {column: [] for column in columns.values()}
+    seen: dict[str, None] = {}
+    lines, malformed = [], []
+    for line, text in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines, which also cuts at U+2028
+        if not text.strip():
             continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            yield Row(number, {}, f"not JSON ({error})")
+        record = _parse_object(text)
+        if isinstance(record, str):
+            malformed.append(Malformed(line, record))
             continue
-        yield Row(number, values) if isinstance(values, dict) else Row(number, {}, "not a JSON object")
+        seen.update(dict.fromkeys(record))
+        lines.append(line)
+        for column, cells in values.items():
+            cells.append(record.get(column))
+    if seen or not malformed:
+        check_columns(str(path), list(seen), columns)
+    return Table(str(path), kind, values, lines, malformed)
 
 
-def read_parquet(path: Path) -> Table:
-    """Rows are numbered from 1."""
-    import pyarrow
-    from pyarrow import parquet
+def _parse_object(text: str) -> dict[str, Any] | str:
+    """The object of one line, or what is wrong with it."""
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
+    except (RecursionError, ValueError):  # also integers of more than 4,300 digits
+        return "not JSON that can be read"
+    return record if isinstance(record, dict) else f"a JSON {type(record).__name__} where an object must be"
+
+
+def _read_parquet(path: Path, columns: Mapping[str, str], kind: str) -> Table:
+    from pyarrow import ArrowException, parquet  # a fifth of a second that other formats do not pay
 
     try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+        file = parquet.ParquetFile(path)
+        check_columns(str(path), file.schema_arrow.names, columns)
+        table = file.read(columns=list(dict.fromkeys(columns.values())))
+        values = {name: table.column(name).to_pylist() for name in table.column_names}
+    except ArrowException as error:
+        reason = str(error).splitlines()[0][:200]
         raise DataError(
-            f"{path}: not a Parquet file ({str(error).splitlines()[0]}); check that it was copied whole"
+            f"{path} is no Parquet file that can be read ({reason}); check that it was copied whole"
         ) from None
-    rows = [Row(number, values) for number, values in enumerate(table.to_pylist(), 1)]
-    return Table(path.name, tuple(table.column_names), rows, line_word="row")
+    return Table(str(path), kind, values, range(1, table.num_rows + 1), has_lines=False)
 
 
-def read_hub(source: str, subset: str | None, split: str) -> Table:
-    """One split of a hub dataset. DataError with the fix where the hub or the dataset cannot be reached."""
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-
+def _read_text(path: Path) -> str:
+    """The whole file as UTF-8, with or without a byte order mark. DataError for an empty file or other bytes."""
+    content = path.read_bytes()
+    if not content.strip():
+        raise DataError(f"{path} is empty; it must hold a row for each sample")
     try:
-        loaded = datasets.load_dataset(source, subset, split=split)
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        encoding = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise DataError(
-            f"data.source ({source}) is no local file, and as a hub dataset (split {split}) it cannot be loaded: {reason}; "
-            "check the name and the network, or give a local .csv, .tsv, .jsonl or .parquet file"
+            f"{path}:{line}: byte {error.start} (0x{content[error.start]:02x}) is not UTF-8; convert the file, for example "
+            f"with `iconv -f {encoding} -t UTF-8`"
         ) from None
-    class_names = {n: f.names for n, f in loaded.features.items() if isinstance(f, datasets.ClassLabel)}
-    rows = [Row(number, values) for number, values in enumerate(loaded, 1)]
-    return Table(f"{source}[{split}]", tuple(loaded.column_names), rows, class_names, line_word="row")
+
+
+def _not_a_table(path: Path) -> str:
+    formats = " ".join(READERS)
+    if not path.is_dir():
+        return f"{path} must be one of {formats}; convert it, or rename it if it is one"
+    inside = sorted(child.name for child in path.iterdir() if child.suffix.lower() in READERS)
+    return f"{path} is a folder; give one file ({formats})" + (f"; in it are {', '.join(inside[:5])}" if inside else "")
+
+
+READERS: Mapping[str, Callable[[Path, Mapping[str, str], str], Table]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+"""How each suffix is read; another format is one entry and its function."""

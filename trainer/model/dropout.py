@@ -71,7 +71,8 @@ def draw_levels(shape: torch.Size) -> Tensor:
 def apply_mask(x: Tensor, levels: Tensor, num_dropped: int) -> Tensor:
     """A new tensor. The comparison writes zeros and ones in x's dtype: torch is three times slower through a bool mask."""
     mask = torch.ge(levels, num_dropped - LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype))
-    return mask.mul_(x).mul_(LEVELS / (LEVELS - num_dropped))
+    scale = LEVELS / (LEVELS - num_dropped)
+    return torch.addcmul(x.new_zeros(()), mask, x, value=scale, out=mask)  # 0 + scale * mask * x in one pass
 
 
 def use_fast_dropout(model: nn.Module) -> None:

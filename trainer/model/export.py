@@ -97,9 +97,7 @@ def load_exported(
         if (folder / "adapter_config.json").is_file():
             model = load_adapter(folder, info, trust_remote_code)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            model = load_whole(folder, trust_remote_code)
     except SamestepError:
         raise
     except FileNotFoundError as error:
@@ -111,6 +109,18 @@ def load_exported(
             f"{folder}: the exported model does not open ({first_line(error)}); export it again"
         ) from error
     return model.eval(), tokenizer, info
+
+
+def load_whole(folder: Path, trust_remote_code: bool) -> nn.Module:
+    """The model of a full or head run."""
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{folder}: the exported weights lack {min(report['missing_keys'])}; export the model again"
+        )
+    return cast(nn.Module, model)
 
 
 def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
@@ -125,4 +135,10 @@ def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool)
         ignore_mismatched_sizes=True,  # the base's own head, which the adapter's replaces
         trust_remote_code=trust_remote_code,
     )
-    return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    stored = [p for name, p in adapted.named_parameters() if "lora_" in name or ".modules_to_save." in name]
+    if sum(read_sizes(folder).values()) != sum(parameter.numel() for parameter in stored):
+        raise CheckpointError(
+            f"{folder}: the exported weights lack a part of the adapter; export it again"
+        )  # PEFT only warns
+    return cast(nn.Module, adapted)
