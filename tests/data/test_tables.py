@@ -138,7 +138,7 @@ def test_a_broken_file_is_named_with_rule_and_fix(name: str, content: bytes, mes
             "x.csv",
             "sentence,labels\nfine,a\n",
             r"data\.text \(text\): .*x\.csv has no such column; set data\.text to one of them; data\.label \(label\): "
-            r".*; did you mean data\.label=labels\?; its columns are 'sentence', 'labels'",
+            r".*; did you mean data\.label=labels\?; its columns are sentence, labels",
         ),
         ("x.csv", "Text,Label\nfine,a\n", r"did you mean data\.text=Text\?"),
         ("x.csv", "text\tlabel\nfine\ta\n", "separated by tabs: name it .tsv"),
@@ -146,7 +146,7 @@ def test_a_broken_file_is_named_with_rule_and_fix(name: str, content: bytes, mes
         ("x.tsv", "text,label\nfine,a\n", "separated by commas: name it .csv"),
         ("x.csv", "good film,positive\nbad film,negative\n", "the first line must name the columns"),
         ("x.csv", "text,label,text\nfine,a,b\n", r"data\.text \(text\): .* has 2 columns of that name; rename one"),
-        ("x.jsonl", '{"text": "fine", "rating": 3}\n', r"data\.label \(label\): .* its columns are 'text', 'rating'"),
+        ("x.jsonl", '{"text": "fine", "rating": 3}\n', r"data\.label \(label\): .* its columns are text, rating"),
     ],
 )
 def test_a_missing_column_names_setting_columns_and_the_nearest(

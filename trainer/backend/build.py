@@ -12,7 +12,7 @@ from trainer.backend.engine import Engine, FsdpEngine, PlainEngine, ZeroEngine
 from trainer.backend.request import Request, read_request
 from trainer.config import RunConfig
 from trainer.errors import BackendError, ConfigError
-from trainer.quiet import quiet_libraries
+from trainer.quiet import quiet_libraries, quiet_prints
 
 EXPECTED_TYPES = {
     "single": (DistributedType.NO,),
@@ -42,7 +42,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Precision is ours (Engine.forward): left to their defaults the backends mean three different things by bf16.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
+    with quiet_prints("deepspeed"):
+        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
     if request.backend == "zero3":
         _load_models_whole(accelerator)
     _verify_accelerator(accelerator, request)
@@ -85,9 +86,22 @@ def _prepare_cpu_process_group(request: Request) -> None:
     when it accepts MULTI_CPU there.
     """
     os.environ.pop("ACCELERATE_USE_CPU", None)  # would make Accelerate ignore DeepSpeed
+    if request.backend.startswith("zero"):
+        _leave_out_inference_kernel()
     PartialState(cpu=True)
     if request.backend == "fsdp":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _leave_out_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce, which only inference calls (deepspeed 0.19, comm/torch.py).
+
+    Training does without it; building it takes 30 s, and a process killed while it loads leaves a lock file in torch's extension cache
+    for which every later run waits without end.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _load_models_whole(accelerator: Accelerator) -> None:

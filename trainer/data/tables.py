@@ -74,7 +74,10 @@ def read_file(path: Path, columns: Mapping[str, str], *, kind: str = "file") -> 
 
 
 def check_columns(name: str, present: Sequence[str], columns: Mapping[str, str], hint: str = "") -> None:
-    """DataError for every column asked for that `present` lacks, with the nearest name, and for one that is there twice."""
+    """DataError for every column asked for that `present` lacks, with the nearest name, and for one that is there twice.
+
+    hint: what it may mean when all of them are missing.
+    """
     problems = []
     for setting, column in columns.items():
         if present.count(column) > 1:
@@ -86,9 +89,15 @@ def check_columns(name: str, present: Sequence[str], columns: Mapping[str, str],
             fix = f"did you mean {setting}={near[0]}?" if near else f"set {setting} to one of them"
             problems.append(f"{setting} ({column}): {name} has no such column; {fix}")
     if problems:
-        listed = ", ".join(repr(column[:60]) for column in present[:MOST_LISTED])
+        listed = ", ".join(_quoted(column[:60]) for column in present[:MOST_LISTED])
         more = f" and {len(present) - MOST_LISTED} more" if len(present) > MOST_LISTED else ""
+        hint = hint if not set(columns.values()) & set(present) else ""
         raise DataError("; ".join([*problems, f"its columns are {listed}{more}{hint}"]))
+
+
+def _quoted(column: str) -> str:
+    """A column's name, in quotes where it would be misread without."""
+    return column if column.strip() == column and column.isprintable() and "," not in column else repr(column)
 
 
 def _read_csv(path: Path, columns: Mapping[str, str], kind: str) -> Table:
