@@ -4,8 +4,6 @@ One process, no weights; every problem is reported at once.
 """
 
 import importlib.util
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +29,6 @@ class Machine:
     num_gpus: int
     has_bf16: bool
     has_deepspeed: bool
-    has_compiler: bool
 
 
 def check_run(options: RunOptions) -> None:
@@ -110,7 +107,6 @@ def this_machine() -> Machine:
         num_gpus=torch.accelerator.device_count() if on_gpu else 0,
         has_bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
-        has_compiler=shutil.which(os.environ.get("CXX", "g++")) is not None,
     )
 
 
@@ -145,11 +141,6 @@ def _precision_problem(precision: str, machine: Machine) -> str | None:
 def _deepspeed_problem(backend: str, machine: Machine) -> str | None:
     if not machine.has_deepspeed:
         return f"--backend ({backend}): needs the package deepspeed; run `bash launch/setup.sh`, or use --backend fsdp"
-    if not machine.num_gpus and not machine.has_compiler:
-        return (
-            f"--backend ({backend}): DeepSpeed compiles a part of itself on CPU and finds no C++ compiler; "
-            "install g++ (Debian: apt-get install g++), or use --backend fsdp"
-        )
     return None
 
 

@@ -1,6 +1,8 @@
 """From a file to tokenized splits and batches, and what is printed of them."""
 
+import contextlib
 import csv
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -34,13 +36,13 @@ def rows_of(count: int, word: str = "sentence") -> list[tuple[str, str]]:
 
 def build(model_folder: Path, world_size: int = 1, **settings: Any) -> tuple[ClassificationSet, str]:
     """The data set, and what was printed."""
-    lines: list[str] = []
     train = TrainConfig(num_epochs=1, global_batch_size=settings.pop("global_batch_size", 32))
     config = RunConfig(
         name="t", model=ModelConfig(source=str(model_folder)), data=ClassificationData(**settings), train=train
     )
-    accelerator: Any = SimpleNamespace(print=lines.append, num_processes=world_size)
-    return build_data(config, accelerator), "\n".join(lines)
+    accelerator: Any = SimpleNamespace(is_main_process=True, num_processes=world_size)
+    with contextlib.redirect_stdout(io.StringIO()) as screen:
+        return build_data(config, accelerator), screen.getvalue().rstrip()
 
 
 def sizes(splits: RawSplits) -> tuple[int, ...]:

@@ -40,8 +40,8 @@ def main(config):
 if __name__ == "__main__":
     run_recipe(main, DEFAULTS)
 '''
-CPU = Machine(num_gpus=0, has_bf16=True, has_deepspeed=True, has_compiler=True)
-GPUS = Machine(num_gpus=4, has_bf16=True, has_deepspeed=True, has_compiler=False)
+CPU = Machine(num_gpus=0, has_bf16=True, has_deepspeed=True)
+GPUS = Machine(num_gpus=4, has_bf16=True, has_deepspeed=True)
 
 
 @pytest.fixture
@@ -152,9 +152,8 @@ def test_recipe_that_is_none_is_one_message(
     ("options", "machine", "words"),
     [
         (("ddp", 8, "no"), GPUS, "this machine has 4 GPUs"),
-        (("zero2", 2, "no"), Machine(0, True, False, True), "needs the package deepspeed"),
-        (("zero2", 2, "no"), Machine(0, True, True, False), "install g++"),
-        (("ddp", 2, "bf16"), Machine(2, False, True, True), "does not compute in bf16"),
+        (("zero2", 2, "no"), Machine(0, True, False), "needs the package deepspeed"),
+        (("ddp", 2, "bf16"), Machine(2, False, True), "does not compute in bf16"),
     ],
 )
 def test_backend_that_cannot_run_here_is_refused(options: tuple[str, int, str], machine: Machine, words: str) -> None:

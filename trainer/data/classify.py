@@ -18,6 +18,7 @@ from trainer.data.split import stratified_split
 from trainer.data.tables import Table
 from trainer.data.tokens import Split, Tokenized, check_max_length, tokenize
 from trainer.errors import DataError
+from trainer.screen import announce
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,7 +119,8 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     built = ClassificationSet(
         train.split, validation.split, test, raw.label_names, tokenizer, pad_token_id=tokenizer.pad_token_id
     )
-    accelerator.print(_describe(config, raw, built, train, world_size=accelerator.num_processes))
+    if accelerator.is_main_process:
+        announce(_describe(config, raw, built, train, world_size=accelerator.num_processes), is_main=True)
     return built
 
 

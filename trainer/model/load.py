@@ -24,6 +24,7 @@ from trainer.model.architecture import (
 from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
 from trainer.model.heads import encoder_name, head_modules
 from trainer.model.methods import apply_method, check_method
+from trainer.screen import announce
 
 __all__ = ["build_model", "load_architecture", "load_tokenizer", "load_weights", "model_location"]
 
@@ -47,7 +48,7 @@ def build_model(config: RunConfig, label_names: Sequence[str], accelerator: Acce
     model = apply_method(plain, config.method, new_modules=new_encoder_modules(plain, new_names))
     if on_cpu:
         use_fast_dropout(model)
-    accelerator.print(summary(config, plain, model, new_names))
+    announce(summary(config, plain, model, new_names), is_main=accelerator.is_main_process)
     return model
 
 
