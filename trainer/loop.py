@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from trainer.backend import build_engine
 from trainer.config import RunConfig, TrainConfig
-from trainer.data.batches import epoch_batches, micro_batches
+from trainer.data.batches import IGNORED, epoch_batches, micro_batches
 from trainer.data.classify import ClassificationSet, Split
 from trainer.errors import DivergedError
 from trainer.evaluate import evaluate_logits
-from trainer.loss import IGNORED, classification_loss_sum, count_correct
+from trainer.loss import classification_loss_sum, count_correct
 from trainer.metrics import classification_metrics
 from trainer.optim import build_optimizer, lr_at, peak_lr
 from trainer.output import RunOutput

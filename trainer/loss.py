@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-IGNORED = -100  # label of what is no target: padding samples, later prompt tokens
+from trainer.data.batches import IGNORED
 
 
 def classification_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ collective, no I/O, so every rank computes the same numbers. scikit-learn is imp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-IGNORED = -100
-"""Label of a padding sample, which never counts."""
+from trainer.data.batches import IGNORED
 
 
 def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.data.batches import IGNORED
 from trainer.data.classify import ClassificationSet, Split
-from trainer.loss import IGNORED
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer

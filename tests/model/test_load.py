@@ -1,5 +1,6 @@
 """build_model: the same fp32 weights on every rank, settings that take effect or are refused, mistakes as one sentence."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,15 @@ def test_folder_without_weights_is_one_sentence(tmp_path: Path, accelerator: Acc
     BertConfig(**TINY).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="cannot load the weights") as caught:
         build_model(run(tmp_path), LABELS, accelerator)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_are_one_sentence(bert: Path, tmp_path: Path, accelerator: Accelerator) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot load the weights") as caught:
+        build_model(run(tmp_path, model={"attention": "sdpa"}), LABELS, accelerator)
     assert "\n" not in str(caught.value)
 
 

@@ -5,7 +5,7 @@ Place in the flow: `build_accelerator` first (request.py reads what the launcher
 Invariant: the backend that was asked for runs, or a BackendError says why not. There is no fallback.
 """
 
-from trainer.backend.build import build_accelerator, build_engine, quiet_exit
+from trainer.backend.build import build_accelerator, build_engine
 from trainer.backend.engine import Engine
 
-__all__ = ["Engine", "build_accelerator", "build_engine", "quiet_exit"]
+__all__ = ["Engine", "build_accelerator", "build_engine"]

@@ -3,7 +3,6 @@
 import os
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType
 
@@ -71,12 +70,6 @@ def build_engine(
     wrap.verify_wrapper(request, wrapped, prepared.optimizer, names)
     kind = {"single": PlainEngine, "ddp": PlainEngine, "fsdp": FsdpEngine}.get(request.backend, ZeroEngine)
     return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
-
-
-def quiet_exit() -> None:
-    """Take the process group down, so that the launcher prints no warning at the end of a run."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _prepare_cpu_process_group(request: Request) -> None:

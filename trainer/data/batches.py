@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+IGNORED = -100
+"""Label of what is no target: padding samples, and whatever else must not count in loss or metrics."""
+
 POOL_BATCHES = 50  # at most, sorted by length together: similar lengths inside a batch, and other company every epoch
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 

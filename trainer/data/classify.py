@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.config import ClassificationData, RunConfig
-from trainer.data.batches import epoch_batches, micro_batches
+from trainer.data.batches import IGNORED, epoch_batches, micro_batches
 from trainer.data.samples import Samples, bad_rows_report, check_labels, label_set, read_samples
 from trainer.data.sources import read_named_split, read_source
 from trainer.data.split import stratified_split
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassificationSet", "RawSplits", "Split", "build_data", "read_splits"]
 
-IGNORED = -100
 MOST_CLASSES_SHOWN = 6
 BATCHES_LOOKED_AT = 200
 """For the padding share; the batches of an epoch come in random order, so that the first ones speak for all."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -41,12 +42,8 @@ DROPOUT_FIELDS = {
         "summary_last_dropout",  # XLNet
     ),
 }
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-)  # what transformers raises for a source that it cannot open
+# What transformers raises for a source that it cannot open.
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 def model_location(source: str) -> str:

@@ -41,8 +41,10 @@ def export_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if is_adapter(model):
+        # Copies: PEFT asks modules for their state_dict(), which under FSDP2 frees weights that `state` may still point to.
         # save_embedding_layers: samestep never resizes embeddings, and PEFT's "auto" asks the hub about it.
-        cast(Any, model).save_pretrained(folder, state_dict=dict(state), save_embedding_layers=False)
+        copies = {name: tensor.clone() for name, tensor in state.items()}
+        cast(Any, model).save_pretrained(folder, state_dict=copies, save_embedding_layers=False)
     else:
         state = {**saved_buffers(model), **state}
         cast(PreTrainedModel, model).save_pretrained(folder, state_dict=dict(state))
@@ -57,9 +59,16 @@ def is_adapter(model: nn.Module) -> bool:
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's files; none of the usual encoders has one."""
-    kept = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    """Buffers that belong to the model's files; none of the usual encoders has one.
+
+    Not from `state_dict()`: under FSDP2 that frees unsharded weights, which `state` may still point to.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def verify_tensors(folder: Path, sizes: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ from trainer.config import ModelConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.architecture import (
     LOADING_ERRORS,
+    first_line,
     has_attention_dropout,
     load_architecture,
     load_tokenizer,
@@ -71,9 +72,9 @@ def load_weights(model: ModelConfig, architecture: PretrainedConfig) -> tuple[Pr
             **options,
         )
     except LOADING_ERRORS as error:
-        if attention is not None:
+        if attention is not None and any(word in str(error).lower() for word in ("attention", "attn")):
             raise ConfigError(
-                f"model.attention ({attention}) cannot run here: {error}; use model.attention=auto"
+                f"model.attention ({attention}) cannot run here ({first_line(error)}); use model.attention=auto"
             ) from None
         raise source_error(model, "weights", error) from None
     mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
@@ -137,7 +138,7 @@ def summary(config: RunConfig, plain: PreTrainedModel, model: nn.Module, new_nam
     lines = [
         f"model      {source}" + (f" ({location})" if location != source else ""),
         f"           {type(plain).__name__}, {total:,} parameters, vocabulary {plain.config.vocab_size:,}",
-        f"method     {config.method.name}: {trainable:,} parameters trainable ({trainable / total:.2%})",
+        f"method     {config.method.name}: {trainable:,} parameters trainable ({trainable / total:.3%})",
     ]
     if config.model.init == "random":
         lines.append(f"weights    all drawn from train.seed ({config.train.seed})")
