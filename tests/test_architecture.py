@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.loss", "trainer.metrics", "trainer.stop"),
+    ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.stop"),
     ("trainer.backend", "trainer.data", "trainer.run_folder", "trainer.screen", "trainer.plots"),
-    ("trainer.model",),
+    ("trainer.model", "trainer.loss", "trainer.metrics"),
     ("trainer.optim", "trainer.data.classify", "trainer.predict"),
     ("trainer.resolve", "trainer.evaluate", "trainer.log"),
     ("trainer.output", "trainer.probe"),

@@ -105,6 +105,7 @@ def hf_seconds(job: Job, sampling: str) -> float:
 def hf_accuracy(job: Job) -> float:
     """Test accuracy of HF Trainer with random batches: as many epochs, the best of as many evaluations."""
     _, data = set_up(job)
+    assert data.test is not None
     train = job.config.train
     schedule: dict[str, Any] = {"num_train_epochs": train.num_epochs, "max_steps": train.max_steps or -1}
     if train.max_steps is not None:
