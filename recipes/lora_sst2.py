@@ -17,7 +17,7 @@ DEFAULTS = RunConfig(
     model=ModelConfig(source="asset:minilm", dropout=0.0, attention_dropout=0.0),  # faster, and as good: README
     method=LoraConfig(rank=16, alpha=32, targets="all-linear"),
     data=ClassificationData(source="asset:sst", labels=("negative", "positive")),
-    optim=OptimConfig(peak_lr=1e-3, schedule="linear", warmup_fraction=0.1, weight_decay=0.01),
+    optim=OptimConfig(peak_lr=5e-4, schedule="linear", warmup_fraction=0.1, weight_decay=0.01),
     train=TrainConfig(num_epochs=3, global_batch_size=32, eval_every=100),
 )
 

@@ -79,6 +79,7 @@ class Trainer:
         torch.manual_seed(hash_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
         self.output = RunOutput(self.config, self.engine, self.data, self.num_steps)
         self.stop = StopRequest(self.config.folder, is_main=self.accelerator.is_main_process)
+        self.engine.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
         try:
             while self.progress.step < self.num_steps and not self.is_over():
                 self.train_step()

@@ -1,5 +1,6 @@
 """Evaluation counts each example once, under any number of ranks, and gives the numbers of scikit-learn on the whole split."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,15 @@ from trainer.loop import Trainer
 NUM_EXAMPLES, NUM_CLASSES, PAD = 1511, 3, 0  # 1511 is prime: no number of ranks or batch size divides it
 METRICS = {"loss", "accuracy", "precision", "recall", "f1", "count"}
 RUNS = [("single", 1), ("ddp", 2), ("ddp", 3), ("fsdp", 2), ("zero3", 2)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracle's tiny matrices on more threads than there are free cores take a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def model() -> torch.nn.Module:
