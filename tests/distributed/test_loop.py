@@ -140,6 +140,18 @@ def after_step(number: int, act: Callable[[Trainer], None], trainer: Trainer) ->
     trainer.train_step = step_and_act  # type: ignore[method-assign]
 
 
+def note_mode(trainer: Trainer) -> None:
+    """Note for each step whether dropout would act in it."""
+    loss_sum = trainer.loss_sum
+    trainer.noted = {"modes": []}  # type: ignore[attr-defined]
+
+    def and_note(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        trainer.noted["modes"].append(trainer.engine.model.training)  # type: ignore[attr-defined]
+        return loss_sum(batch)
+
+    trainer.loss_sum = and_note  # type: ignore[method-assign]
+
+
 def signal_last_rank(number: signal.Signals, trainer: Trainer) -> None:
     if trainer.rank == trainer.world_size - 1:
         os.kill(os.getpid(), number)
@@ -196,7 +208,7 @@ def runs_of_1_2_3_ranks(root: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for ranks in (1, 2, 3):
         run = tmp_path_factory.mktemp("ranks") / "run"
         config = make_config(root, run, max_steps=STEPS_PER_EPOCH + 2, eval_every=4)
-        found[ranks] = (run, fit_one(config, backend="single" if ranks == 1 else "ddp", ranks=ranks))
+        found[ranks] = (run, fit_one(config, note_mode, backend="single" if ranks == 1 else "ddp", ranks=ranks))
     return found
 
 
@@ -205,6 +217,11 @@ def test_max_steps_runs_exactly_that_many(runs_of_1_2_3_ranks: dict[int, tuple[P
         assert {facts["step"] for facts in seen} == {STEPS_PER_EPOCH + 2}
         assert [line["step"] for line in lines_with("train/loss", run)] == list(range(1, STEPS_PER_EPOCH + 3))
         assert [line["step"] for line in lines_with("eval/loss", run)] == [4, 8, 9]  # the last step always
+
+
+def test_dropout_acts_in_every_training_step(runs_of_1_2_3_ranks: dict[int, tuple[Path, list[Any]]]) -> None:
+    for _, seen in runs_of_1_2_3_ranks.values():
+        assert [facts["modes"] for facts in seen] == [[True] * (STEPS_PER_EPOCH + 2)] * len(seen)
 
 
 def test_metrics_have_the_documented_keys(runs_of_1_2_3_ranks: dict[int, tuple[Path, list[Any]]]) -> None:
