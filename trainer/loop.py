@@ -6,7 +6,7 @@ not on how many ranks share the batch: each loss is a sum over targets, scaled b
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -44,12 +44,15 @@ class Progress:
     step: int = 0
     best_metric: float | None = None
     best_step: int = 0
+    evaluated_step: int = -1
     evaluations_since_best: int = 0
     num_skipped: int = 0
     grad_norm: float = math.nan
     lr: float = 0.0
     stop_asked: bool = False
     window: Window = field(default_factory=Window)
+    sums_before: Window = field(default_factory=Window)
+    """The window as it was before the step at hand."""
 
 
 class Trainer:
@@ -112,12 +115,15 @@ class Trainer:
 
     def compute_gradients(self) -> None:
         """Leave the gradient of the global batch's mean loss in the engine, and its norm in `progress`. Collective."""
+        self.progress.sums_before = replace(self.progress.window)
         batches = self.micro_batches_of_step(self.progress.step)
         local = [float(sum(count_targets(batch) for batch in batches)), float(self.stop_seen())]
         num_targets, num_stops = self.engine.sum_over_ranks(local)
         for position, batch in enumerate(batches):
             with self.engine.micro_batch(last=position == len(batches) - 1):
-                self.engine.backward(self.loss_sum(batch) / max(num_targets, 1.0))
+                loss = self.loss_sum(batch)
+                loss = loss * (1.0 + 0.0 * loss.detach())  # a loss that is not finite makes its gradient so too
+                self.engine.backward(loss / max(num_targets, 1.0))
         self.progress.grad_norm = self.engine.grad_norm()
         self.progress.stop_asked = num_stops > 0
 
@@ -130,6 +136,7 @@ class Trainer:
             self.engine.step(progress.grad_norm, self.config.optim.max_grad_norm)
         else:
             self.engine.discard()
+            self.forget_step()
             self.count_skipped()
         progress.step += 1
 
@@ -157,6 +164,15 @@ class Trainer:
         window.num_targets += count_targets(batch)
         return loss
 
+    def forget_step(self) -> None:
+        """Take the step's loss out of the sums for the next log line."""
+        window, before = self.progress.window, self.progress.sums_before
+        window.loss_sum, window.num_correct, window.num_targets = (
+            before.loss_sum,
+            before.num_correct,
+            before.num_targets,
+        )
+
     def count_skipped(self) -> None:
         """A step whose gradient was not finite: raise on every rank, or count it as skipped."""
         if self.engine.precision == "fp16" and self.engine.loss_scale > 1.0:
@@ -168,7 +184,7 @@ class Trainer:
             raise DivergedError(f"{place}; lower optim.peak_lr, or set train.on_nonfinite=skip to leave such steps out")
         if self.progress.num_skipped > train.max_skipped_steps:
             raise DivergedError(
-                f"{place}, the {self.progress.num_skipped}th such step, more than train.max_skipped_steps "
+                f"{place}, such step number {self.progress.num_skipped}, more than train.max_skipped_steps "
                 f"({train.max_skipped_steps}); lower optim.peak_lr"
             )
 
@@ -230,6 +246,7 @@ class Trainer:
     def evaluate_and_keep_best(self) -> None:
         """Evaluate on the validation split; export the weights when the watched metric is the best so far. Collective."""
         progress, name = self.progress, self.config.train.metric
+        progress.evaluated_step = progress.step
         metrics = self.evaluate(self.data.validation)
         is_best = progress.best_metric is None or is_better(name, metrics[name], progress.best_metric)
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
@@ -239,8 +256,10 @@ class Trainer:
         self.output.eval_metrics(progress.step, metrics, is_best=is_best)
 
     def finish(self) -> None:
-        """Make sure that something was exported, test it, and write the report. Collective."""
-        if self.progress.best_metric is None:
+        """Log and evaluate the steps since the last time (after a stop or an early end), test what was exported, report. Collective."""
+        if self.progress.window.num_samples:
+            self.log()
+        if self.progress.evaluated_step != self.progress.step:
             self.evaluate_and_keep_best()
         self.output.report(self.progress, asked_to_stop=self.progress.stop_asked)
 
@@ -259,7 +278,9 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 
 
 def is_better(name: str, value: float, best: float) -> bool:
-    """Whether a metric improved; a loss improves by falling."""
+    """Whether a metric improved; a loss improves by falling, and anything is better than nan."""
+    if math.isnan(best):
+        return True
     return value < best if name == "loss" else value > best
 
 

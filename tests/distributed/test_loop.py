@@ -146,7 +146,7 @@ def note_mode(trainer: Trainer) -> None:
     trainer.noted = {"modes": []}  # type: ignore[attr-defined]
 
     def and_note(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        trainer.noted["modes"].append(trainer.engine.model.training)  # type: ignore[attr-defined]
+        trainer.noted["modes"].append(all(module.training for module in trainer.engine.model.modules()))  # type: ignore[attr-defined]
         return loss_sum(batch)
 
     trainer.loss_sum = and_note  # type: ignore[method-assign]

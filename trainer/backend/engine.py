@@ -170,6 +170,16 @@ class PlainEngine(Engine):
 class FsdpEngine(Engine):
     """FSDP2: parameters, gradients and moments are DTensors, sharded over all ranks."""
 
+    def weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """As in Engine, from shards: a forward pass leaves some groups whole, and `state_dict` (export, rank 0 alone) would shard
+        them on that rank only, so that the ranks' next gathers would no longer match."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        yield from super().weights(trainable_only=trainable_only)
+
 
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-1/2/3. `accelerator.backward` would also step and clip; here each is a call of its own."""
