@@ -6,7 +6,8 @@
 
 Everything follows recipes/lora_sst2.py but for dropout, which is the model's own (0.1), as a Hugging Face user has it: same weights, LoRA
 layers, dropout rates, samples, batch size, learning rate and threads for all. A peer's model is plain transformers and PEFT, with
-torch's own dropout; the bare loops take samestep's model, optimizer and batches, made into tensors beforehand. Each contestant takes warm-up steps first, then one whole epoch is timed, without evaluation or logging.
+torch's own dropout; the bare loops take samestep's model, optimizer and batches, made into tensors
+beforehand. Each contestant takes warm-up steps first, then one whole epoch is timed, without evaluation or logging.
 The last line is one JSON object of ratios: medians over rounds; null is what was not measured.
 """
 
