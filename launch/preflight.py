@@ -13,8 +13,9 @@ from types import ModuleType
 from pydantic import ValidationError
 
 from launch.command import PRECISIONS, RunOptions, backend_names
+from trainer.checkpoint.resume import decide_start
 from trainer.config import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import try_resolve
 from trainer.resolve.inputs import input_problems
 from trainer.resolve.suggest import nearest_word
@@ -36,6 +37,7 @@ def check_run(options: RunOptions) -> None:
     done = options.complete()
     assert done.processes is not None
     problems = [*backend_problems(done, this_machine()), *recipe_problems(done, done.processes)]
+    problems = problems or start_problems(done)
     if problems:
         raise ConfigError(*problems)
 
@@ -63,6 +65,20 @@ def recipe_problems(options: RunOptions, world_size: int) -> list[str]:
     if attempt.resolved is None:
         return list(attempt.problems)
     return [*attempt.problems, *input_problems(attempt.resolved.config, attempt.problems)]
+
+
+def start_problems(options: RunOptions) -> list[str]:
+    """Why the run directory does not let this run start or continue; nothing where the settings are wrong anyhow."""
+    try:
+        defaults = load_recipe(options.recipe).DEFAULTS
+        attempt = try_resolve(type(defaults), defaults, options.configs, options.overrides, 1)
+        if attempt.resolved is not None:
+            decide_start(attempt.resolved.config)
+    except ConfigError as error:
+        return list(error.problems)
+    except SamestepError as error:
+        return [str(error)]
+    return []
 
 
 def load_recipe(path: Path) -> ModuleType:

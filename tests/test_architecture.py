@@ -14,12 +14,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.stop"),
+    ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.stop", "trainer.faults", "trainer.progress"),
+    ("trainer.checkpoint.manifest",),
+    ("trainer.checkpoint.store", "trainer.checkpoint.state"),
+    ("trainer.checkpoint.resume", "trainer.divergence"),
     ("trainer.backend", "trainer.data", "trainer.run_folder", "trainer.screen", "trainer.plots"),
     ("trainer.model", "trainer.loss", "trainer.metrics"),
     ("trainer.optim", "trainer.data.classify", "trainer.predict"),
     ("trainer.resolve", "trainer.evaluate", "trainer.log"),
-    ("trainer.output", "trainer.probe"),
+    ("trainer.output", "trainer.probe", "trainer.checkpoint", "trainer.watchdog"),
     ("trainer.loop",),
     ("recipes", "launch"),
 )

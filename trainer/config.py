@@ -5,8 +5,10 @@ recipe defaults < --config YAML < section.key=value. A config never changes afte
 Precision, sharding and process count are not here: they belong to the accelerate configuration.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
@@ -14,6 +16,17 @@ from typing_extensions import Self
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 MetricName = Literal["loss", "accuracy", "precision", "recall", "f1"]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a continued run may do with a setting. Unmarked settings must match what the run was started with."""
+
+    rule: Literal["must_match", "may_change"]
+
+
+MayChange = Resume("may_change")
+"""For settings that do not change what is trained beyond rounding: where, how often, how much at a time."""
 
 
 class Section(BaseModel):
@@ -39,11 +52,11 @@ class ModelConfig(Section):
     """Dropout of attention probabilities. None keeps the model's own rate."""
     head_dropout: Probability | None = None
     """Dropout before the classifier. None keeps the model's own rate."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], MayChange] = "auto"
     """Attention kernel. `auto` is transformers' own choice for the model and device."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MayChange] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, MayChange] = False
     """Run Python code shipped inside a model repository. Off: such a model is refused."""
 
 
@@ -167,25 +180,45 @@ class TrainConfig(Section):
     """Optimizer steps."""
     global_batch_size: PositiveInt = 32
     """Samples per optimizer step over all ranks; the same whatever the number of processes."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[PositiveInt | None, MayChange] = None
     """Most samples in one forward pass of one rank. None: the rank's whole share. Accumulation follows from it."""
-    eval_batch_size: PositiveInt = 64
+    eval_batch_size: Annotated[PositiveInt, MayChange] = 64
     """Most samples in one forward pass of one rank during evaluation."""
-    eval_every: PositiveInt | None = None
+    eval_every: Annotated[PositiveInt | None, MayChange] = None
     """Steps between evaluations. None: once per epoch. The last step is always evaluated."""
-    log_every: PositiveInt = 10
+    save_every: Annotated[PositiveInt | None, MayChange] = None
+    """Steps between checkpoints. None: with every evaluation. The last step is always saved."""
+    keep_last: Annotated[int, Field(ge=2), MayChange] = 2
+    """Newest checkpoints to keep; the best one, and any with a file NAME.keep beside it, are kept too."""
+    resume: Annotated[str, MayChange] = "auto"
+    """`auto`: continue where the run directory's newest good checkpoint ends; `never`: start anew, the earlier run is moved aside;
+    or the path of a checkpoint or run directory to start from."""
+    extend: Annotated[bool, MayChange] = False
+    """Let a continued run have another length (`num_epochs`, `max_steps`); the schedule follows the new one."""
+    log_every: Annotated[PositiveInt, MayChange] = 10
     """Steps between log lines."""
     metric: MetricName = "accuracy"
     """The validation metric that chooses the best step, whose weights are exported, and that early stopping watches."""
-    patience: PositiveInt | None = None
+    patience: Annotated[PositiveInt | None, MayChange] = None
     """Stop after this many evaluations without a better `metric`. None: never."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What all ranks do when the loss or the gradient norm is not finite: stop with an error, or skip the step."""
-    max_skipped_steps: PositiveInt = 10
-    """With on_nonfinite=skip: one more skipped step than this stops the run."""
+    on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], MayChange] = "stop"
+    """What all ranks do when the loss or the gradient norm is not finite: stop with an error, skip the step, or go back to the newest
+    checkpoint and leave the step out from there."""
+    on_spike: Annotated[Literal["ignore", "stop", "skip", "rollback"], MayChange] = "ignore"
+    """The same for a gradient norm of more than `spike_factor` times its moving average."""
+    spike_factor: Annotated[PositiveFloat, MayChange] = 10.0
+    """What counts as a spike."""
+    max_skipped_steps: Annotated[PositiveInt, MayChange] = 10
+    """One more skipped step than this stops the run."""
+    max_rollbacks: Annotated[PositiveInt, MayChange] = 3
+    """One more rollback than this stops the run."""
+    time_limit_minutes: Annotated[PositiveFloat | None, MayChange] = None
+    """Stop, with a checkpoint, this long after training began; the same command goes on. None: no limit."""
+    hang_timeout_s: Annotated[PositiveFloat | None, MayChange] = 300.0
+    """End the job, with a report of which rank hangs in what, when a rank makes no progress for so many seconds. None: never."""
     seed: int = 0
     """Seed of data order, new weights and dropout."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, MayChange] = False
     """Ask torch for deterministic algorithms (slower on a GPU)."""
 
     @model_validator(mode="after")
@@ -210,9 +243,9 @@ class ProbeConfig(Section):
 class RunConfig(Section):
     """One run: everything but what the accelerate configuration owns."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"), MayChange]
     """Name of the run; letters, digits, dot, dash and underscore."""
-    run_dir: Path | None = None
+    run_dir: Annotated[Path | None, MayChange] = None
     """Folder for config, logs and the exported model. None: runs/NAME."""
     model: ModelConfig = ModelConfig()
     """Which model."""
@@ -224,10 +257,20 @@ class RunConfig(Section):
     """The optimizer."""
     train: TrainConfig = TrainConfig(num_epochs=3)
     """The loop."""
-    probe: ProbeConfig | None = None
+    probe: Annotated[ProbeConfig | None, MayChange] = None
     """Parity's recording instead of training."""
 
     @property
     def folder(self) -> Path:
         """The run directory: `run_dir`, or runs/NAME."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+
+def may_change(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings that may differ when a run continues; a section marked so stands for all in it."""
+    for name, field in type(section).model_fields.items():
+        value: Any = getattr(section, name)
+        if MayChange in field.metadata:
+            yield f"{prefix}{name}"
+        elif isinstance(value, BaseModel):
+            yield from may_change(value, f"{prefix}{name}.")

@@ -31,3 +31,7 @@ class BackendError(SamestepError):
 
 class DivergedError(SamestepError):
     """Training cannot go on: the loss or the gradient is no longer finite."""
+
+
+class AlreadyFinished(Exception):  # noqa: N818  (news, not a mistake)
+    """The run directory holds this very run, finished. Said on rank 0; exit code 0."""

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, is_main: bool, total_steps: int, start_step: int = 0) -> None:
         """folder: exists; files that are there are continued. start_step: optimizer steps done before this process."""
-        self.folder, self.is_main, self.total_steps = folder, is_main, total_steps
+        self.folder, self.is_main, self.total_steps, self.start_step = folder, is_main, total_steps, start_step
         self.history = deque([(time.monotonic(), start_step)], maxlen=ETA_WINDOW)
         if is_main:
             self.screen = Screen(total_steps, start_step)
@@ -69,6 +69,14 @@ class RunLog:
         self.screen.move(step, words)
         self._note(f"step {step}/{self.total_steps}  {words}")
 
+    def rewind(self, step: int) -> None:
+        """Continue after `step`: metrics of later steps, which come again, are dropped."""
+        self.start_step = step
+        self.history.append((time.monotonic(), step))
+        if self.is_main:
+            self.screen.start_step = step
+            self.metrics.keep(lambda line: step_of_line(line) <= step)
+
     def close(self) -> None:
         """Flush and close everything, even where some of it fails; a second call does nothing."""
         if not self.is_main or self.text.closed:
@@ -94,7 +102,8 @@ class RunLog:
             if self.events is None:
                 from torch.utils.tensorboard import SummaryWriter  # a second that runs without metrics do not pay
 
-                self.events = SummaryWriter(str(self.folder / "tensorboard"))
+                purge_step = self.start_step + 1 if self.start_step else None
+                self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
             for name, number in numbers.items():
                 self.events.add_scalar(name, number, step)
 
@@ -138,6 +147,14 @@ def json_line(values: Mapping[str, object]) -> str:
     return json.dumps({name: _jsonable(value) for name, value in values.items()}, ensure_ascii=False, allow_nan=False)
 
 
+def step_of_line(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class _Lines:
     """A text file that grows by whole lines, each on disk as soon as it is written."""
 
@@ -154,6 +171,17 @@ class _Lines:
         with _reported(self.folder, self.name):
             self.file.write(line + "\n")
             self.file.flush()
+
+    def keep(self, wanted: Callable[[str], bool]) -> None:
+        """Drop the lines that are not wanted, by one replacement of the file."""
+        with _reported(self.folder, self.name):
+            self.file.close()
+            path = self.folder / self.name
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            fresh = path.with_name(f".{self.name}")
+            fresh.write_text("".join(line for line in lines if wanted(line)), encoding="utf-8")
+            fresh.replace(path)
+            self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def close(self) -> None:
         with _reported(self.folder, self.name):

@@ -6,53 +6,30 @@ not on how many ranks share the batch: each loss is a sum over targets, scaled b
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trainer.backend import build_engine
+from trainer.backend import agree_on_start, build_engine
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.identity import base_identity, data_identity
+from trainer.checkpoint.randomness import seed_generators
+from trainer.checkpoint.resume import Start
 from trainer.config import RunConfig, TrainConfig
-from trainer.data.batches import IGNORED, epoch_batches, micro_batches
+from trainer.data.batches import IGNORED, GlobalBatches, micro_batches
 from trainer.data.classify import ClassificationSet, Split
-from trainer.errors import DivergedError
+from trainer.divergence import judge_step
 from trainer.evaluate import evaluate_logits
+from trainer.faults import fault_point
 from trainer.loss import classification_loss_sum, count_correct
 from trainer.metrics import classification_metrics
-from trainer.optim import build_optimizer, lr_at, peak_lr
+from trainer.optim import build_optimizer, lr_of_step
 from trainer.output import RunOutput
+from trainer.progress import Progress, Window
 from trainer.stop import StopRequest
-
-
-@dataclass
-class Window:
-    """Sums of this rank since the last log line."""
-
-    loss_sum: Tensor | float = 0.0
-    num_correct: Tensor | int = 0
-    num_targets: int = 0
-    num_samples: int = 0
-    elapsed_s: float = 0.0
-
-
-@dataclass
-class Progress:
-    """Where the run stands; the same on every rank."""
-
-    step: int = 0
-    best_metric: float | None = None
-    best_step: int = 0
-    evaluated_step: int = -1
-    evaluations_since_best: int = 0
-    num_skipped: int = 0
-    grad_norm: float = math.nan
-    lr: float = 0.0
-    stop_asked: bool = False
-    window: Window = field(default_factory=Window)
-    sums_before: Window = field(default_factory=Window)
-    """The window as it was before the step at hand."""
+from trainer.watchdog import Watchdog
 
 
 class Trainer:
@@ -60,65 +37,118 @@ class Trainer:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module, data: ClassificationSet) -> None:
         self.config, self.accelerator, self.data = config, accelerator, data
+        identity = {"base": base_identity(model), "data": data_identity(data.train)}
         optimizer = build_optimizer(model, config, fused=accelerator.device.type in ("cpu", "cuda"))
         self.engine = build_engine(accelerator, model, optimizer, config)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.steps_per_epoch = len(self.batches_of_epoch(0))
+        train, by_length = config.train, config.data.group_by_length
+        self.batches = GlobalBatches(data.train.lengths, train.global_batch_size, train.seed, group_by_length=by_length)
+        self.steps_per_epoch = self.batches.per_epoch
         self.num_steps = count_steps(config.train, self.steps_per_epoch)
+        self.eval_every = config.train.eval_every or self.steps_per_epoch
         self.progress = Progress()
+        self.metric: float | None = None  # of the last evaluation
         self.stop: StopRequest | None = None
+        self.checkpoints = Checkpointer(config, self.engine, identity=identity)
 
     # When
 
     def fit(self) -> None:
-        """Train to the last step, to early stopping or to a stop request; export the best weights and test what was exported.
+        """Continue or start, train to the last step, to early stopping or to a stop request; test the exported best weights.
 
         With `config.probe` set, records some steps instead (trainer/probe.py).
         """
         if self.config.probe is not None:
             from trainer.probe import record_probe
 
-            return record_probe(self)
-        torch.manual_seed(hash_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
-        self.output = RunOutput(self.config, self.engine, self.data, self.num_steps)
-        self.stop = StopRequest(self.config.folder, is_main=self.accelerator.is_main_process)
-        self.engine.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
-        try:
-            while self.progress.step < self.num_steps and not self.is_over():
+            record_probe(self)
+            return
+        with ExitStack() as opened:
+            self.begin(opened)
+            while not self.is_over():
                 self.train_step()
                 if self.is_due(self.config.train.log_every):
                     self.log()
-                if self.is_due(self.config.train.eval_every or self.steps_per_epoch):
+                if self.is_due(self.eval_every):
                     self.evaluate_and_keep_best()
+                if self.is_due(self.config.train.save_every or self.eval_every):
+                    self.save()
             self.finish()
-        finally:
-            self.stop.close()
-            self.output.close()
+
+    def begin(self, opened: ExitStack) -> None:
+        """Open the run directory, anew or where its newest good checkpoint ends. Collective; `opened` closes everything."""
+        seed_generators(hash_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
+        self.engine.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
+        opened.callback(self.checkpoints.close)
+        start = agree_on_start(self.config)
+        self.output = RunOutput(self.config, self.engine, self.data, self.num_steps, is_fresh=start.kind == "fresh")
+        opened.callback(self.output.close)
+        limit_s = 60 * (self.config.train.time_limit_minutes or math.inf)
+        self.stop = StopRequest(self.config.folder, is_main=self.accelerator.is_main_process, time_limit_s=limit_s)
+        opened.callback(self.stop.close)
+        self.checkpoints.say = self.output.log.say
+        if self.config.train.hang_timeout_s is not None:
+            self.watch(opened, self.config.train.hang_timeout_s)
+        self.checkpoints.clean()
+        if start.kind == "continue":
+            self.restore(start)
+
+    def watch(self, opened: ExitStack, timeout_s: float) -> None:
+        """Start the thread that ends a job in which a rank hangs."""
+        folder = self.config.folder / "watchdog"
+        place = {"rank": self.rank, "world_size": self.world_size}
+        watchdog = Watchdog(folder, self.engine.heartbeat, timeout_s=timeout_s, **place)
+        watchdog.start()
+        opened.callback(watchdog.stop)
+
+    def restore(self, start: Start) -> None:
+        """Take up the state of the newest good checkpoint. Collective."""
+        if self.engine.settles_in_first_step:
+            self.compute_gradients()
+            self.engine.discard()
+        self.progress = self.checkpoints.restore(start)
+        self.output.continue_from(self.progress.step, start.words)
+
+    def save(self) -> None:
+        """Checkpoint the state after this step; returns once it is copied. Collective."""
+        progress = self.progress
+        metric = self.metric if progress.evaluated_step == progress.step else None
+        self.checkpoints.save(progress, self.output.small_files(), metric=metric)
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens after the step just taken; always after the last."""
-        return self.progress.step % every == 0 or self.progress.step == self.num_steps
+        return self.progress.step % every == 0 or self.progress.step >= self.num_steps
 
     def is_over(self) -> bool:
-        """Stop asked for by any rank, or no better metric for `train.patience` evaluations."""
-        patience = self.config.train.patience
-        return self.progress.stop_asked or (patience is not None and self.progress.evaluations_since_best >= patience)
+        """The last step taken, a stop asked for by any rank, or no better metric for `train.patience` evaluations."""
+        progress, patience = self.progress, self.config.train.patience
+        waited_enough = patience is not None and progress.evaluations_since_best >= patience
+        return progress.step >= self.num_steps or progress.stop_asked or waited_enough
 
     # What
 
     def train_step(self) -> None:
         """One optimizer step on the next global batch. Collective."""
         started = time.perf_counter()
+        if self.progress.step in self.progress.left_out_steps:
+            self.progress.step += 1
+            return
+        fault_point("step", self.rank)
         self.compute_gradients()
         self.apply_gradients()
         self.progress.window.elapsed_s += time.perf_counter() - started
 
     def compute_gradients(self) -> None:
         """Leave the gradient of the global batch's mean loss in the engine, and its norm in `progress`. Collective."""
-        self.progress.sums_before = replace(self.progress.window)
+        self.progress.begin_step()
+        self.engine.heartbeat.beat(f"reading the data of step {self.progress.step + 1}")
+        fault_point("data", self.rank)
         batches = self.micro_batches_of_step(self.progress.step)
-        local = [float(sum(count_targets(batch) for batch in batches)), float(self.stop_seen())]
-        num_targets, num_stops = self.engine.sum_over_ranks(local)
+        local_targets = sum(count_targets(batch) for batch in batches)
+        flags = [self.stop_seen(), self.checkpoints.has_failed]
+        num_targets, num_stops, num_failed = self.engine.sum_over_ranks([float(n) for n in (local_targets, *flags)])
+        if num_failed:
+            self.checkpoints.wait()  # raises on all ranks
         for position, batch in enumerate(batches):
             with self.engine.micro_batch(last=position == len(batches) - 1):
                 loss = self.loss_sum(batch)
@@ -126,31 +156,35 @@ class Trainer:
                 self.engine.backward(loss / max(num_targets, 1.0))
         self.progress.grad_norm = self.engine.grad_norm()
         self.progress.stop_asked = num_stops > 0
+        self.progress.num_targets += int(num_targets)
 
     def apply_gradients(self) -> None:
-        """Move the weights at this step's learning rate, or leave the step out where the gradient is not finite. Collective."""
-        progress = self.progress
+        """Move the weights at this step's learning rate, or leave the step out as train.on_nonfinite and on_spike say. Collective."""
+        progress, engine = self.progress, self.engine
         progress.lr = self.lr_of_step(progress.step)
-        self.engine.set_learning_rate(progress.lr)
-        if math.isfinite(progress.grad_norm):
-            self.engine.step(progress.grad_norm, self.config.optim.max_grad_norm)
+        engine.set_learning_rate(progress.lr)
+        scale_is_too_high = engine.loss_scale > 1.0 and not math.isfinite(progress.grad_norm)  # a part of fp16
+        action = "skip" if scale_is_too_high else judge_step(progress, progress.grad_norm, self.config.train)
+        if action == "take":
+            engine.step(progress.grad_norm, self.config.optim.max_grad_norm)
         else:
-            self.engine.discard()
-            self.forget_step()
-            self.count_skipped()
-        progress.step += 1
+            engine.discard()
+            progress.forget_step()
+        if action == "rollback":
+            self.roll_back()
+        else:
+            progress.step += 1
+
+    def roll_back(self) -> None:
+        """Return to the newest good checkpoint, from where the step at hand is left out. Collective."""
+        bad, problem = self.progress, f"step {self.progress.step + 1}: gradient norm {self.progress.grad_norm:.3g}"
+        self.progress = self.checkpoints.roll_back(bad)
+        self.output.continue_from(self.progress.step, "")
+        self.output.log.say(f"{problem}; rolled back to step {self.progress.step}, and that step is left out from here")
 
     def lr_of_step(self, step: int) -> float:
-        """The learning rate of 0-based `step`: a pure function of the config, whatever the number of processes."""
-        optim = self.config.optim
-        return lr_at(
-            step,
-            total_steps=self.num_steps,
-            peak=peak_lr(self.config),
-            schedule=optim.schedule,
-            warmup_fraction=optim.warmup_fraction,
-            min_lr_fraction=optim.min_lr_fraction,
-        )
+        """The learning rate of 0-based `step`."""
+        return lr_of_step(step, self.num_steps, self.config)
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward pass of one micro-batch: the loss summed over its targets. Collective under fsdp and zero3."""
@@ -164,52 +198,17 @@ class Trainer:
         window.num_targets += count_targets(batch)
         return loss
 
-    def forget_step(self) -> None:
-        """Take the step's loss out of the sums for the next log line."""
-        window, before = self.progress.window, self.progress.sums_before
-        window.loss_sum, window.num_correct, window.num_targets = (
-            before.loss_sum,
-            before.num_correct,
-            before.num_targets,
-        )
-
-    def count_skipped(self) -> None:
-        """A step whose gradient was not finite: raise on every rank, or count it as skipped."""
-        if self.engine.precision == "fp16" and self.engine.loss_scale > 1.0:
-            return  # the dynamic loss scale was too high, which is part of fp16
-        self.progress.num_skipped += 1
-        train = self.config.train
-        place = f"step {self.progress.step + 1}: the gradient norm is {self.progress.grad_norm}"
-        if train.on_nonfinite == "stop":
-            raise DivergedError(f"{place}; lower optim.peak_lr, or set train.on_nonfinite=skip to leave such steps out")
-        if self.progress.num_skipped > train.max_skipped_steps:
-            raise DivergedError(
-                f"{place}, such step number {self.progress.num_skipped}, more than train.max_skipped_steps "
-                f"({train.max_skipped_steps}); lower optim.peak_lr"
-            )
-
     # Data
-
-    def batches_of_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The global batches of one epoch, the same on every rank; kept until another epoch is asked for."""
-        if getattr(self, "_epoch", None) != epoch:
-            train, data = self.config.train, self.data
-            by_length = self.config.data.group_by_length
-            self._batches = epoch_batches(
-                data.train.lengths, train.global_batch_size, train.seed, epoch, group_by_length=by_length
-            )
-            self._epoch = epoch
-        return self._batches
 
     def global_batch(self, step: int) -> np.ndarray:
         """Sample ids of 0-based `step`, the same on every rank and for any number of them."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self.batches_of_epoch(epoch)[position]
+        return self.batches.at(step)
 
     def micro_batches_of_step(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of a step as CPU tensors; every rank has the same number of them."""
         ids = self.global_batch(step)
         self.progress.window.num_samples += len(ids)
+        self.progress.num_samples += len(ids)
         shares = micro_batches(ids, self.rank, self.world_size, self.config.train.micro_batch_size)
         return [self.data.collate(self.data.train, share) for share in shares]
 
@@ -250,18 +249,27 @@ class Trainer:
         metrics = self.evaluate(self.data.validation)
         is_best = progress.best_metric is None or is_better(name, metrics[name], progress.best_metric)
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        self.metric = metrics[name]
         if is_best:
             progress.best_metric, progress.best_step = metrics[name], progress.step
             self.output.export()
         self.output.eval_metrics(progress.step, metrics, is_best=is_best)
 
     def finish(self) -> None:
-        """Log and evaluate the steps since the last time (after a stop or an early end), test what was exported, report. Collective."""
-        if self.progress.window.num_samples:
+        """After a stop request: save, so that the same command goes on. Else evaluate, save, test what was exported, report. Collective."""
+        progress = self.progress
+        stopped = progress.stop_asked and progress.step < self.num_steps
+        if not stopped and progress.window.num_samples:
             self.log()
-        if self.progress.evaluated_step != self.progress.step:
+        if not stopped and progress.evaluated_step != progress.step:
             self.evaluate_and_keep_best()
-        self.output.report(self.progress, asked_to_stop=self.progress.stop_asked)
+        if self.checkpoints.saved_step != progress.step:
+            self.save()
+        self.checkpoints.wait()
+        if stopped:
+            self.output.stopped(progress)
+        else:
+            self.output.report(progress)
 
 
 def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:

@@ -40,6 +40,19 @@ def lr_at(
     return peak * (min_lr_fraction + (1.0 - min_lr_fraction) * shape_at(min(progress, 1.0), schedule))
 
 
+def lr_of_step(step: int, total_steps: int, config: RunConfig) -> float:
+    """The learning rate of 0-based `step` of a run: a pure function of the config, whatever the number of processes."""
+    optim = config.optim
+    return lr_at(
+        step,
+        total_steps=total_steps,
+        peak=peak_lr(config),
+        schedule=optim.schedule,
+        warmup_fraction=optim.warmup_fraction,
+        min_lr_fraction=optim.min_lr_fraction,
+    )
+
+
 def shape_at(progress: float, schedule: str) -> float:
     """Share of the way down that is left: 1 at progress 0; 0 at progress 1, but for `constant`."""
     if schedule == "constant":

@@ -3,39 +3,43 @@
 The loop calls it at its three `if`s. Only rank 0 writes; the methods that gather weights or test are collective and say so.
 """
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.backend import Engine
+from trainer.checkpoint.resume import OUTCOME
 from trainer.config import RunConfig
 from trainer.data.classify import ClassificationSet, Split
 from trainer.errors import SamestepError
 from trainer.evaluate import evaluate_logits
 from trainer.log import RunLog, start_run_folder, write_summary
 from trainer.metrics import classification_metrics, confusion
-from trainer.model.export import export_model, load_exported
+from trainer.model.export import adapter_settings, export_model, is_adapter, load_exported
 from trainer.plots import plot_confusion, plot_curves
 from trainer.resolve import config_to_yaml
 
 if TYPE_CHECKING:
-    from trainer.loop import Progress
+    from trainer.progress import Progress
 
 
 class RunOutput:
     """The run directory of one run. Every rank makes one."""
 
-    def __init__(self, config: RunConfig, engine: Engine, data: ClassificationSet, num_steps: int) -> None:
-        """Start the folder: an earlier run of this name is moved aside, config.yaml is written before step 1. Collective."""
+    def __init__(
+        self, config: RunConfig, engine: Engine, data: ClassificationSet, num_steps: int, *, is_fresh: bool
+    ) -> None:
+        """Start the folder, config.yaml first; for a fresh run an earlier one of this name is moved aside. Collective."""
         self.config, self.engine, self.data = config, engine, data
-        self.is_main, self.folder = engine.rank == 0, config.folder
+        self.is_main, self.folder, self.is_fresh = engine.rank == 0, config.folder, is_fresh
         self.on_rank_0(self.start_folder)
         self.log = RunLog(self.folder, is_main=self.is_main, total_steps=num_steps)
         self.log.say(self.describe_backend())
@@ -54,8 +58,11 @@ class RunOutput:
             raise failure or SamestepError("rank 0 could not write to the run directory; see its message")
 
     def start_folder(self) -> None:
-        """Rank 0: an empty run directory with the resolved config."""
-        start_run_folder(self.folder)
+        """Rank 0: an empty run directory, or the one to continue, with the resolved config."""
+        if self.is_fresh:
+            start_run_folder(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / OUTCOME).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
 
     def describe_backend(self) -> str:
@@ -69,6 +76,36 @@ class RunOutput:
         if engine.world_size * threads * 2 <= cores:  # accelerate launch sets one thread where the user sets none
             words += f"; OMP_NUM_THREADS={cores // engine.world_size} would use them all"
         return words
+
+    def continue_from(self, step: int, changed: str) -> None:
+        """Drop what was logged after `step`, which comes again, and say what differs from the earlier start."""
+        self.log.rewind(step)
+        if changed:
+            self.log.say(f"changed since the last start: {changed}")
+
+    def small_files(self) -> dict[str, bytes]:
+        """What a checkpoint needs to become a Hugging Face model again: config.json, and for an adapter its adapter_config.json."""
+        if not self.is_main:
+            return {}
+        files = {"config.json": cast(Any, self.engine.module).config.to_json_string(use_diff=False)}
+        if is_adapter(self.engine.module):
+            files["adapter_config.json"] = json.dumps(adapter_settings(self.engine.module), indent=1)
+        return {name: text.encode() for name, text in files.items()}
+
+    def write_outcome(self, outcome: str, progress: "Progress") -> None:
+        """Rank 0: how this start ended, for whoever starts the run again."""
+        fresh = self.folder / f".{OUTCOME}"
+        fresh.write_text(json.dumps({"outcome": outcome, "step": progress.step}) + "\n", encoding="utf-8")
+        fresh.replace(self.folder / OUTCOME)
+
+    def stopped(self, progress: "Progress") -> None:
+        """Say that the run was stopped and how it goes on."""
+        if self.is_main:
+            self.write_outcome("stopped", progress)
+        self.log.say(
+            f"stopped on request after step {progress.step}, which is saved; the same command goes on from there\n"
+            f"run directory: {self.folder}"
+        )
 
     def close(self) -> None:
         """Flush the logs."""
@@ -120,10 +157,8 @@ class RunOutput:
             "max_length": self.config.data.max_length,
         }
 
-    def report(self, progress: "Progress", *, asked_to_stop: bool) -> None:
-        """Test the exported model, write plots and summary, and say where everything is. Collective."""
-        if asked_to_stop:
-            self.log.say(f"stopped on request after step {progress.step}")
+    def report(self, progress: "Progress") -> None:
+        """Test the exported model, write plots, summary and outcome, and say where everything is. Collective."""
         split_name = "test" if self.data.test is not None else "validation"
         split = self.data.test if self.data.test is not None else self.data.validation
         logits = self.logits_of_exported(split)
@@ -138,6 +173,7 @@ class RunOutput:
             matrix = confusion(logits, split.labels, len(self.data.label_names))
             self.draw(matrix)
             write_summary(self.folder / "summary.md", self.facts(progress, split_name, metrics, elapsed_s))
+            self.write_outcome("finished", progress)
             self.log.say(self.closing_words(progress, split_name, metrics, elapsed_s))
 
     def logits_of_exported(self, split: Split) -> np.ndarray:

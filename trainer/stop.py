@@ -3,7 +3,9 @@
 Nothing is saved inside a signal handler, and no rank acts on its own flag: rank-local flags deadlock (lightning#20806).
 """
 
+import math
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -12,9 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """True once this rank received TERM or USR1, or once a file named STOP lies in the run directory (read by rank 0)."""
+    """True once this rank received TERM or USR1, its time is up, or a file named STOP lies in the run directory (read by rank 0)."""
 
-    def __init__(self, folder: Path, *, is_main: bool) -> None:
+    def __init__(self, folder: Path, *, is_main: bool, time_limit_s: float = math.inf) -> None:
+        """time_limit_s: seconds from now."""
+        self._deadline = time.monotonic() + time_limit_s
         self._file = folder / STOP_FILE if is_main else None
         self._signalled = False
         self._previous = {number: signal.signal(number, self._notice) for number in SIGNALS}
@@ -24,7 +28,7 @@ class StopRequest:
 
     def seen(self) -> bool:
         """Whether this rank has been asked to stop."""
-        return self._signalled or (self._file is not None and self._file.exists())
+        return self._signalled or time.monotonic() > self._deadline or (self._file is not None and self._file.exists())
 
     def close(self) -> None:
         """Give the signals back, and consume the STOP file so that the next run is not stopped by it."""

@@ -251,7 +251,8 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(
 def test_only_rank_0_writes(runs_of_1_2_3_ranks: dict[int, tuple[Path, list[Any]]]) -> None:
     for _, (main, *others) in runs_of_1_2_3_ranks.values():
         assert len(main["written"]) > 10
-        assert [facts["written"] for facts in others] == [[]] * len(others)
+        own = [[line for line in facts["written"] if "/checkpoints/.tmp-" not in line] for facts in others]
+        assert own == [[]] * len(others)  # but for its shards of a checkpoint
 
 
 def test_epochs_may_be_parts_and_patience_ends_a_run_that_does_not_improve(root: Path, tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_plain_libraries_open_the_best_step_and_predict_what_the_engine_predicte
 # A request to stop
 
 
-def test_a_request_to_stop_ends_all_ranks_at_one_step_and_the_run_is_whole(root: Path, tmp_path: Path) -> None:
+def test_a_request_to_stop_ends_all_ranks_at_one_step_with_a_checkpoint(root: Path, tmp_path: Path) -> None:
     asked: dict[str, Callable[[Trainer], None]] = {
         "file": touch_stop_file,
         "usr1": partial(signal_last_rank, signal.SIGUSR1),
@@ -342,11 +343,13 @@ def test_a_request_to_stop_ends_all_ranks_at_one_step_and_the_run_is_whole(root:
             run.name
         )  # the flags are summed with the next step's targets
         assert all(facts["restored"] and facts["error"] is None for facts in by_rank)
-        assert [line["step"] for line in lines_with("eval/loss", run)] == [4]
-        assert read_metrics(run)[-1]["best_step"] == 4
+        assert [
+            line["step"] for line in lines_with("eval/loss", run)
+        ] == []  # the machine may be about to be taken away
+        assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000004"]
+        assert json.loads((run / "outcome.json").read_text()) == {"outcome": "stopped", "step": 4}
         assert "stopped on request after step 4" in (run / "log.txt").read_text(encoding="utf-8")
         assert not (run / STOP_FILE).exists()
-        assert_reported(run)
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -354,7 +357,7 @@ def test_a_signal_to_one_rank_stops_sharded_backends_too(backend: str, root: Pat
     config = make_config(root, tmp_path / "run", max_steps=50, eval_every=2)
     change = partial(after_step, 2, partial(signal_last_rank, signal.SIGUSR1))
     assert [facts["step"] for facts in fit_one(config, change, backend=backend)] == [3, 3]
-    assert_reported(tmp_path / "run")
+    assert "step-00000003" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
 
 
 # A loss that is not finite

@@ -5,7 +5,19 @@ Place in the flow: `build_accelerator` first (request.py reads what the launcher
 Invariant: the backend that was asked for runs, or a BackendError says why not. There is no fallback.
 """
 
-from trainer.backend.build import build_accelerator, build_engine
+from trainer.backend.build import agree_on_start, build_accelerator, build_engine, library_versions
 from trainer.backend.engine import Engine
+from trainer.backend.heartbeat import Heartbeat
+from trainer.backend.pieces import Piece
+from trainer.backend.side import SideGroup
 
-__all__ = ["Engine", "build_accelerator", "build_engine"]
+__all__ = [
+    "Engine",
+    "Heartbeat",
+    "Piece",
+    "SideGroup",
+    "agree_on_start",
+    "build_accelerator",
+    "build_engine",
+    "library_versions",
+]

@@ -1,16 +1,19 @@
 """From the request to a running Accelerator, and from model and optimizer to a verified Engine. All ranks call both."""
 
+import importlib.metadata
 import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from trainer.backend import wrap
-from trainer.backend.engine import Engine, FsdpEngine, PlainEngine, ZeroEngine
+from trainer.backend.engine import Engine, FsdpEngine, PlainEngine
 from trainer.backend.request import Request, read_request
+from trainer.backend.zero_engine import ZeroEngine
+from trainer.checkpoint.resume import Start, decide_start
 from trainer.config import RunConfig
-from trainer.errors import BackendError, ConfigError
+from trainer.errors import AlreadyFinished, BackendError, ConfigError, SamestepError
 from trainer.quiet import quiet_libraries, quiet_prints
 
 EXPECTED_TYPES = {
@@ -26,7 +29,8 @@ EXPECTED_TYPES = {
 def build_accelerator(config: RunConfig) -> Accelerator:
     """The Accelerator of this process, of the backend the launcher asked for, on GPU or CPU. Every rank calls it once, first.
 
-    Raises ConfigError where the global batch cannot be shared over the ranks and BackendError where another backend would run.
+    Before a model loads it raises ConfigError where the global batch cannot be shared over the ranks or the run directory holds a run
+    of other settings, BackendError where another backend would run, AlreadyFinished where there is nothing left to do.
     """
     quiet_libraries()
     request = read_request(os.environ)
@@ -46,7 +50,27 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if request.backend == "zero3":
         _load_models_whole(accelerator)
     _verify_accelerator(accelerator, request)
+    agree_on_start(config)
     return accelerator
+
+
+def agree_on_start(config: RunConfig) -> Start:
+    """How the run begins, as rank 0 sees its folder; the same on all ranks, errors too. Collective."""
+    start: list[Start | SamestepError | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            start = [decide_start(config)]
+        except SamestepError as error:
+            start = [error]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(start)
+    found = start[0]
+    if isinstance(found, SamestepError):
+        raise found
+    assert found is not None
+    if found.kind == "finished":
+        raise AlreadyFinished(found.words)
+    return found
 
 
 def build_engine(
@@ -70,6 +94,12 @@ def build_engine(
     wrap.verify_wrapper(request, wrapped, prepared.optimizer, names)
     kind = {"single": PlainEngine, "ddp": PlainEngine, "fsdp": FsdpEngine}.get(request.backend, ZeroEngine)
     return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
+
+
+def library_versions() -> dict[str, str]:
+    """Of samestep and of what decides its numbers."""
+    names = ("samestep", "torch", "accelerate", "transformers", "peft", "deepspeed")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _prepare_cpu_process_group(request: Request) -> None:

@@ -17,7 +17,6 @@ Precision: weights, moments and gradient reduction are fp32; `forward` computes 
 scale of our own, equal on all ranks because it follows the global gradient norm.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,6 +26,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainer.backend.heartbeat import Heartbeat
+from trainer.backend.pieces import Piece, read_steps, whole_pieces, write_steps
 from trainer.backend.request import Request
 from trainer.backend.wrap import COMPUTE_DTYPES, is_dtensor, strip_wrapper
 
@@ -47,6 +48,7 @@ class Engine:
         self.divides_by = 1 if self.backend == "single" else self.world_size
         self.loss_scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else 1.0
         self.good_steps = 0
+        self.heartbeat = Heartbeat()
 
     def describe(self) -> str:
         """Backend, processes, precision and device in words."""
@@ -67,21 +69,25 @@ class Engine:
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """The model's outputs, computed in the run's precision. Collective under fsdp and zero3."""
+        self.heartbeat.beat("forward")
         dtype = COMPUTE_DTYPES[self.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no"):
             return self.model(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global loss; shares are summed over ranks. Collective."""
+        self.heartbeat.beat("backward")
         (loss * (self.divides_by * self.loss_scale)).backward()
 
     def grad_norm(self) -> float:
         """L2 norm of the gradient of the global batch, before clipping; the same on all ranks; nan or inf where any part is. Collective."""
+        self.heartbeat.beat("gradient norm")
         norm = nn.utils.get_total_norm(self._gradients())
         return float(whole(norm)) / self.loss_scale
 
     def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
         """Clip to `max_grad_norm`, move the weights, drop the gradients. Collective under zero."""
+        self.heartbeat.beat("optimizer step")
         coefficient = clip_coefficient(grad_norm, max_grad_norm) / self.loss_scale
         if coefficient != 1.0:
             torch._foreach_mul_(self._gradients(), coefficient)
@@ -96,6 +102,7 @@ class Engine:
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of a CPU batch on this rank's device; pinned and asynchronous on a GPU."""
+        self.heartbeat.beat("batch to device")
         if self.device.type == "cpu":
             return dict(batch)
         return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -104,14 +111,17 @@ class Engine:
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums in float64. Collective: one all-reduce."""
+        self.heartbeat.beat("sum over ranks")
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
+        self.heartbeat.beat("after a sum over ranks")
         return tensor.tolist()
 
     def sum_array_over_ranks(self, array: Tensor) -> Tensor:
         """Element-wise sum over ranks of a CPU tensor of the same shape everywhere. Collective."""
+        self.heartbeat.beat("sum over ranks")
         if self.world_size == 1:
             return array
         tensor = array.to(self.device)
@@ -133,9 +143,44 @@ class Engine:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 gradient of the global batch before clipping), whole, between the last backward and the step. Collective."""
-        for name, parameter in self._named_parameters():
-            if parameter.requires_grad:
-                yield name, self._whole_gradient(parameter) / self.loss_scale
+        for name, parameter in self._trainable():
+            yield name, self._whole_gradient(parameter) / self.loss_scale
+
+    # What a checkpoint holds
+
+    def local_state(self) -> list[Piece]:
+        """What this rank holds of the trainable weights and their moments, as live views; missing moments are made, as zeros."""
+        return list(whole_pieces(self._trainable(), self.optimizer))
+
+    @property
+    def settles_in_first_step(self) -> bool:
+        """Whether a first backward pass must come before a resumed step, or the step would round otherwise than uninterrupted.
+
+        DDP orders its buckets by the first backward pass; on three ranks and more, an element's place in its bucket decides in which order
+        the ranks' gradients are added.
+        """
+        return self.backend == "ddp" and self.world_size > 2
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank holds all of the state, or a share of it."""
+        return self.backend in ("single", "ddp")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that the optimizer has taken; skipped ones do not count."""
+        return read_steps(self._torch_optimizer)
+
+    def state_was_written(self, optimizer_steps: int) -> None:
+        """Call after writing to `local_state`: sets the optimizer's step count and the copies of the weights. Collective under zero."""
+        write_steps(self._torch_optimizer, optimizer_steps)
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self._named_parameters() if parameter.requires_grad)
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((strip_wrapper(name), parameter) for name, parameter in self.model.named_parameters())
@@ -173,75 +218,20 @@ class FsdpEngine(Engine):
     def weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
         """As in Engine, from shards: a forward pass leaves some groups whole, and `state_dict` (export, rank 0 alone) would shard
         them on that rank only, so that the ranks' next gathers would no longer match."""
+        self._reshard()
+        yield from super().weights(trainable_only=trainable_only)
+
+    def local_state(self) -> list[Piece]:
+        """As in Engine; a group that a forward pass left whole holds no shards, so all are sharded first."""
+        self._reshard()
+        return super().local_state()
+
+    def _reshard(self) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        yield from super().weights(trainable_only=trainable_only)
-
-
-class ZeroEngine(Engine):
-    """DeepSpeed ZeRO-1/2/3. `accelerator.backward` would also step and clip; here each is a call of its own."""
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        if self.precision == "fp16":
-            self.model.optimizer.torch_autocast_gradscaler = (
-                None  # it would clip the scaled gradient; ours takes its place
-            )
-            self.model.optimizer.override_loss_scale(self.loss_scale)
-
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        self.model.set_gradient_accumulation_boundary(last)
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        self.model.backward(loss * self.divides_by, scale_wrt_gas=False)
-
-    def grad_norm(self) -> float:
-        zero = self.model.optimizer
-        if self.backend == "zero3":
-            from deepspeed.runtime.utils import combine_grad_norm_groups
-
-            norm = float(combine_grad_norm_groups(zero._get_norm_groups()))
-        else:
-            norm = float(zero.scaled_global_norm())
-        return norm / self.loss_scale if norm >= 0 else math.inf  # DeepSpeed's -1 stands for a norm that is not finite
-
-    def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
-        self.model.step()  # clips by gradient_clipping of its configuration, which is max_grad_norm (wrap.configure_zero)
-        self._grow_loss_scale()
-        self._tell_loss_scale()
-
-    def discard(self) -> None:
-        # ZeRO's own step cleans up after a non-finite norm and moves nothing; make sure that it sees one.
-        for gradients in self.model.optimizer.averaged_gradients.values():
-            for gradient in gradients or ():
-                gradient.fill_(math.nan)
-        self.model.step()
-        self._shrink_loss_scale()
-        self._tell_loss_scale()
-
-    def _tell_loss_scale(self) -> None:
-        if self.precision == "fp16":
-            self.model.optimizer.override_loss_scale(self.loss_scale)
-
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if parameter.requires_grad:
-            return safe_get_full_fp32_param(parameter).detach()
-        with GatheredParameters([parameter], enabled=self.backend == "zero3"):
-            return parameter.detach().clone()
-
-    def _whole_gradient(self, parameter: Any) -> Tensor:
-        if self.backend == "zero3":
-            from deepspeed.utils import safe_get_full_grad
-
-            return safe_get_full_grad(parameter)
-        return parameter.get_full_hp_grad()  # safe_get_full_grad prefers .grad, which ZeRO-1 leaves unreduced
 
 
 def whole(tensor: Any) -> Tensor:

@@ -18,6 +18,26 @@ POOL_BATCHES = 50  # at most, sorted by length together: similar lengths inside 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
+class GlobalBatches:
+    """The global batches of a whole run, by step; the epoch at hand is kept."""
+
+    def __init__(self, lengths: Ids, batch_size: int, seed: int, *, group_by_length: bool) -> None:
+        """lengths: (N,) tokens per sample."""
+        self.lengths, self.batch_size, self.seed, self.group_by_length = lengths, batch_size, seed, group_by_length
+        self.per_epoch = math.ceil(len(lengths) / batch_size)
+        self._epoch, self._batches = -1, list[Ids]()
+
+    def at(self, step: int) -> Ids:
+        """Sample ids of 0-based `step`."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(
+                self.lengths, self.batch_size, self.seed, epoch, group_by_length=self.group_by_length
+            )
+            self._epoch = epoch
+        return self._batches[position]
+
+
 def epoch_batches(lengths: Ids, batch_size: int, seed: int, epoch: int, *, group_by_length: bool) -> list[Ids]:
     """The global batches of one epoch; the last, smaller one comes last. Inside a batch samples are sorted by length.
 

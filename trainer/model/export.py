@@ -58,6 +58,12 @@ def is_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """PEFT's adapter_config.json of a wrapped model."""
+    settings = cast(Any, model).peft_config["default"].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the model's files; none of the usual encoders has one.
 

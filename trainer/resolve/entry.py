@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from trainer.config import RunConfig
-from trainer.errors import ConfigError, SamestepError
+from trainer.errors import AlreadyFinished, ConfigError, SamestepError
 from trainer.resolve.build import resolve
 from trainer.resolve.inputs import input_problems
 from trainer.resolve.layers import split_arguments
@@ -29,6 +29,8 @@ def run_recipe(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Seq
     """
     try:
         _run(main, defaults, sys.argv[1:] if argv is None else argv)
+    except AlreadyFinished as news:
+        _say(str(news))
     except SamestepError as error:
         _report(error)
         sys.exit(2)

@@ -1,0 +1,87 @@
+"""What the tests of resuming share: a small training with dropout on real ranks, started, killed, started again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.rank_pool import run_ranks
+from trainer.backend import build_accelerator
+from trainer.config import ClassificationData, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.data.classify import build_data
+from trainer.errors import AlreadyFinished, SamestepError
+from trainer.loop import Trainer
+from trainer.model.load import build_model
+
+NUM_STEPS = 9
+"""Of a run: 7 steps are an epoch of the 112 sentences that are trained on, in batches of 16."""
+
+
+def make_config(root: Path, run: Path, *, method: str = "full", **train: Any) -> RunConfig:
+    """Dropout everywhere, three parameter groups, a checkpoint every second step, a line of metrics every third."""
+    settings = {"max_steps": NUM_STEPS, "global_batch_size": 16, "log_every": 3, "save_every": 2, "eval_every": 4}
+    return RunConfig(
+        name="resume",
+        run_dir=run,
+        model=ModelConfig(source=str(root / "model"), dropout=0.1, attention_dropout=0.1, head_dropout=0.1),
+        method={"name": method},  # type: ignore[arg-type]
+        data=ClassificationData(source=str(root / "data.csv")),
+        optim=OptimConfig(peak_lr=5e-3, head_lr=1e-2),
+        train=TrainConfig(**(settings | train)),
+    )
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """One start of the recipe on this rank; what it saw, errors of the user included."""
+    facts: dict[str, Any] = {"error": None, "losses": {}, "ids": {}}
+    try:
+        accelerator = build_accelerator(config)
+        data = build_data(config, accelerator)
+        trainer = Trainer(config, accelerator, build_model(config, data.label_names, accelerator), data)
+        note_steps(trainer, facts)
+        trainer.fit()
+        facts["step"] = trainer.progress.step
+        facts["counters"] = vars(trainer.progress.counters())
+        facts["weights"] = {
+            name: tensor.detach().cpu().numpy().copy() for name, tensor in trainer.engine.weights(trainable_only=True)
+        }
+    except (SamestepError, AlreadyFinished) as error:
+        facts["error"] = f"{type(error).__name__}: {error}"
+    return facts
+
+
+def note_steps(trainer: Trainer, facts: dict[str, Any]) -> None:
+    """Note every step's own loss on this rank and its sample ids."""
+    take_step = trainer.train_step
+
+    def and_note() -> None:
+        step, before = trainer.progress.step, float(trainer.progress.window.loss_sum)
+        take_step()
+        facts["losses"][step] = float(trainer.progress.window.loss_sum) - before
+        facts["ids"][step] = trainer.global_batch(step).tolist()
+
+    trainer.train_step = and_note  # type: ignore[method-assign]
+
+
+def start(config: RunConfig, backend: str, ranks: int, fault: str = "") -> list[dict[str, Any]] | None:
+    """Start the run; None where a fault killed it."""
+    environ = {"SAMESTEP_FAULT": fault} if fault else {}
+    try:
+        return run_ranks(train, backend, ranks, args=(config,), environ=environ)
+    except AssertionError as error:
+        if fault and "died or timed out" in str(error):
+            return None
+        raise
+
+
+def same_weights(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Equal to the last bit."""
+    assert one["weights"].keys() == two["weights"].keys()
+    return all(np.array_equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]

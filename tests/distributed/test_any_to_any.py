@@ -1,0 +1,195 @@
+"""Any backend's checkpoint under any other: weights, moments and step count exact, the next losses those of the run that went on.
+
+At the level of the engine, so that models may be awkward: tied embeddings and biases, a tensor of one row, several parameter groups, a
+frozen bf16 base under an adapter of rank 1. The oracle for weights and moments is what the libraries themselves gather, not our pieces.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from tests.rank_pool import BACKENDS, run_ranks
+from trainer.backend import Engine, build_accelerator, build_engine
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.resume import Start
+from trainer.config import OptimConfig, RunConfig, TrainConfig
+from trainer.data.batches import IGNORED, micro_batches
+from trainer.progress import Progress
+
+BATCH, SAVED, LAST, VOCABULARY = 12, 3, 6, 50
+METHODS = ("full", "lora")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def tiny_model(method: str, seed: int) -> nn.Module:
+    """full: tied embeddings, tied bias, a token type embedding of one row. lora: rank 1 over a frozen bf16 base."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=16,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **sizes,
+    )
+    if method == "full":
+        model: nn.Module = BertForMaskedLM(config)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        base = BertForSequenceClassification(config).to(torch.bfloat16)
+        model = get_peft_model(base, LoraConfig(r=1, target_modules=["query", "value"]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if seed:  # other trainable weights than those that were saved: a restore that does nothing is seen
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def any_accelerator() -> Any:
+    return build_accelerator(RunConfig(name="x", train=TrainConfig(max_steps=1, resume="never")))
+
+
+def build(method: str, folder: Path, accelerator: Any, seed: int) -> tuple[Engine, Checkpointer]:
+    train = TrainConfig(max_steps=LAST, global_batch_size=BATCH)
+    config = RunConfig(name="any", run_dir=folder, optim=OptimConfig(max_grad_norm=0.5), train=train)
+    model = tiny_model(method, seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lr_factor": 0.5},
+    ]
+    groups = [group for group in groups if group["params"]]
+    engine = build_engine(accelerator, model, torch.optim.AdamW(groups, lr=1e-3), config)
+    engine.model.train()
+    return engine, Checkpointer(config, engine, identity={"base": method, "data": "tokens"})
+
+
+def batch(method: str, step: int) -> dict[str, Tensor]:
+    """The global batch of a step; every sample differs, and so do the ranks' shares and their numbers of targets."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(0, VOCABULARY, (BATCH, 7), generator=generator)
+    shape = (BATCH, 7) if method == "full" else (BATCH,)
+    labels = torch.randint(0, VOCABULARY if method == "full" else 2, shape, generator=generator)
+    labels[:3] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def take_step(engine: Engine, method: str, step: int) -> float:
+    """One step on this rank's share; the loss of the global batch."""
+    whole = batch(method, step)
+    share = torch.from_numpy(micro_batches(np.arange(BATCH), engine.rank, engine.world_size, None)[0])
+    part = {name: tensor[share] for name, tensor in whole.items()}
+    labels = part.pop("labels")
+    num_targets = float((whole["labels"] != IGNORED).sum())
+    with engine.micro_batch(last=True):
+        logits = engine.forward(part).logits.float()
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        )
+        engine.backward(loss / num_targets)
+    engine.set_learning_rate(1e-2 / (step + 1))
+    engine.step(engine.grad_norm(), 0.5)
+    return engine.sum_over_ranks([float(loss.detach())])[0] / num_targets
+
+
+def gathered(engine: Engine) -> dict[str, np.ndarray]:
+    """All weights and moments, whole, as the libraries gather them."""
+    tensors = {f"weight/{name}": tensor.clone() for name, tensor in engine.weights(trainable_only=True)}
+    if engine.backend in (
+        "zero1",
+        "zero2",
+    ):  # DeepSpeed 0.19 links moments after the first group's step: later groups have none
+        engine.model.optimizer._hp_optimizer_states_linked = False
+        engine.model.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine._trainable():
+        for kind in MOMENTS:
+            if engine.backend.startswith("zero"):
+                from deepspeed.utils import safe_get_full_optimizer_state
+
+                moment = safe_get_full_optimizer_state(parameter, kind)
+            else:
+                moment = engine.optimizer.state[parameter][kind]
+                moment = moment.full_tensor() if hasattr(moment, "full_tensor") else moment
+            tensors[f"{kind}/{name}"] = moment.clone()
+    return {key: tensor.float().cpu().numpy() for key, tensor in tensors.items()}
+
+
+def save_midway(root: Path, backend: str) -> dict[str, list[float]]:
+    """On every rank: train each method to the end, with a checkpoint and the gathered truth on the way. Losses after the checkpoint."""
+    losses = {}
+    accelerator = any_accelerator()
+    for method in METHODS:
+        folder = root / f"{backend}-{method}"
+        accelerator.free_memory()
+        engine, checkpoints = build(method, folder, accelerator, seed=0)
+        for step in range(SAVED):
+            take_step(engine, method, step)
+        truth = gathered(engine)
+        if engine.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(truth, folder / "truth.safetensors")
+        checkpoints.save(Progress(step=SAVED), {}, metric=None)
+        losses[method] = [take_step(engine, method, step) for step in range(SAVED, LAST)]
+        checkpoints.wait()
+        checkpoints.close()
+    return losses
+
+
+def resume_each(root: Path, sources: tuple[str, ...]) -> dict[tuple[str, str], dict[str, Any]]:
+    """On every rank: take up every source's checkpoint, compare with its truth, go on."""
+    found = {}
+    accelerator = any_accelerator()
+    for source in sources:
+        for method in METHODS:
+            folder = root / f"{source}-{method}"
+            accelerator.free_memory()
+            engine, checkpoints = build(method, folder, accelerator, seed=1)
+            if source == sources[-1]:
+                take_step(engine, method, LAST)  # as in a rollback: there are moments and gathered weights to overwrite
+            progress = checkpoints.restore(Start("continue", (folder / "checkpoints" / f"step-{SAVED:08d}",)))
+            truth, now = load_file(folder / "truth.safetensors"), gathered(engine)
+            wrong = [key for key in truth.keys() | now.keys() if not np.array_equal(truth.get(key), now.get(key))]
+            losses = [take_step(engine, method, step) for step in range(progress.step, LAST)]
+            found[source, method] = {"wrong": sorted(wrong), "losses": losses, "num_tensors": len(truth)}
+            checkpoints.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, list[float]]]]:
+    """A checkpoint of every backend and method, and the losses that its own run had afterwards."""
+    root = tmp_path_factory.mktemp("any")
+    ranks = {backend: 1 if backend == "single" else 2 for backend in BACKENDS}
+    return root, {b: run_ranks(save_midway, b, ranks[b], args=(root, b))[0] for b in BACKENDS}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_goes_on_from_every_backend(backend: str, saved: Any) -> None:
+    root, expected = saved
+    for by_rank in run_ranks(resume_each, backend, 1 if backend == "single" else 2, args=(root, BACKENDS)):
+        assert len(by_rank) == len(BACKENDS) * len(METHODS)
+        for (source, method), facts in by_rank.items():
+            assert facts["num_tensors"] > 10
+            assert facts["wrong"] == [], (source, method)
+            assert facts["losses"] == pytest.approx(expected[source][method], rel=1e-5), (source, method)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_three_ranks_go_on_from_one_and_two(backend: str, saved: Any) -> None:
+    root, expected = saved
+    for by_rank in run_ranks(resume_each, backend, 3, args=(root, ("single", "fsdp", "zero2", "zero3"))):
+        for (source, method), facts in by_rank.items():
+            assert facts["wrong"] == [], (source, method)
+            assert facts["losses"] == pytest.approx(expected[source][method], rel=1e-5), (source, method)

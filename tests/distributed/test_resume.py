@@ -1,0 +1,135 @@
+"""A run that ends at any moment goes on as if it had not: bit for bit under the same topology, exactly placed under any other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start
+from tests.rank_pool import BACKENDS
+from tests.tiny import tiny_bert, tiny_sentences
+
+TOPOLOGIES = [("single", 1), *[(b, n) for b in BACKENDS if b != "single" for n in (2, 3)]]
+SAVE_POINTS = [
+    "save.weights@0:2", "save.weights@1:2", "save.optimizer@1:2", "save.rank@0:2", "save.state@1:2", "save.agreed:2",
+    "save.manifest:2", "save.renamed:2", "save.pointer:2", "save.pruning:1", "save.pruned:2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_bert(folder / "model")
+    tiny_sentences(folder / "data.csv", rows=160)
+    return folder
+
+
+_never_killed: dict[tuple[str, int, str], tuple[Path, list[dict[str, Any]]]] = {}
+
+
+def never_killed(root: Path, backend: str, ranks: int, method: str = "full") -> tuple[Path, list[dict[str, Any]]]:
+    """The same run without interruption: its folder, and what its ranks saw. Trained once for all tests."""
+    key = (backend, ranks, method)
+    if key not in _never_killed:
+        run = root / f"whole-{backend}-{ranks}-{method}"
+        seen = start(make_config(root, run, method=method), backend, ranks)
+        assert seen is not None
+        assert all(facts["error"] is None for facts in seen)
+        _never_killed[key] = (run, seen)
+    return _never_killed[key]
+
+
+def steps_published(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+def assert_went_on(
+    run: Path, seen: list[dict[str, Any]] | None, whole: tuple[Path, list[dict[str, Any]]], first: int
+) -> None:
+    """Bit-identical: weights, counters, losses and sample ids of each rank, metrics, exported model."""
+    assert seen is not None
+    for facts, expected in zip(seen, whole[1], strict=True):
+        assert facts["error"] is None
+        assert sorted(facts["losses"]) == list(range(first, NUM_STEPS))
+        for step, loss in facts["losses"].items():
+            assert loss == pytest.approx(expected["losses"][step], rel=1e-6)  # a difference of running sums
+            assert facts["ids"][step] == expected["ids"][step]
+        assert same_weights(facts, expected)
+        assert facts["counters"] == expected["counters"]
+    assert metrics_of(run) == metrics_of(whole[0])
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert not [name for name in names if name.startswith((".tmp", ".trash"))]
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"
+
+
+@pytest.mark.parametrize(("backend", "ranks"), TOPOLOGIES)
+def test_after_sigkill_the_same_topology_continues_bit_for_bit(
+    backend: str, ranks: int, root: Path, tmp_path: Path
+) -> None:
+    config = make_config(root, tmp_path / "run")
+    assert start(config, backend, ranks, fault=f"step@{ranks - 1}:6") is None
+    published = steps_published(config.folder)
+    assert published
+    seen = start(config, backend, ranks)
+    assert_went_on(config.folder, seen, never_killed(root, backend, ranks), first=published[-1])
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS)
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+def test_a_kill_at_any_point_of_a_save_loses_no_finished_one(
+    backend: str, point: str, root: Path, tmp_path: Path
+) -> None:
+    config = make_config(root, tmp_path / "run")
+    assert start(config, backend, 2, fault=point) is None
+    published = steps_published(config.folder)
+    assert published
+    seen = start(config, backend, 2)
+    assert_went_on(config.folder, seen, never_killed(root, backend, 2), first=published[-1])
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
+def test_adapters_and_heads_continue_bit_for_bit_after_a_stop_request(
+    backend: str, method: str, root: Path, tmp_path: Path
+) -> None:
+    config = make_config(root, tmp_path / "run", method=method)
+    stopped = start(config, backend, 2, fault="step@1:5:usr1")
+    assert stopped is not None
+    assert {facts["step"] for facts in stopped} == {5}  # in the middle of an epoch, between saves and log lines
+    assert json.loads((config.folder / "outcome.json").read_text())["outcome"] == "stopped"
+    whole = never_killed(root, backend, 2, method)
+    assert_went_on(config.folder, start(config, backend, 2), whole, first=5)
+
+
+def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(root: Path, tmp_path: Path) -> None:
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0, "head_dropout": 0.0}
+
+    def config(run: str) -> Any:
+        plain = make_config(root, tmp_path / run, max_steps=12)
+        return plain.model_copy(update={"model": plain.model.model_copy(update=quiet)})
+
+    whole = start(config("whole"), "single", 1)
+    assert whole is not None
+    chain = [("fsdp", 2), ("single", 1), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("single", 1)]
+    losses: dict[int, float] = {}
+    for number, (backend, ranks) in enumerate(chain):
+        fault = "" if number == len(chain) - 1 else "step@0:2:usr1"  # each but the last takes two steps
+        seen = start(config("chain"), backend, ranks, fault=fault)
+        assert seen is not None
+        for step in seen[0]["losses"]:
+            losses[step] = sum(facts["losses"][step] for facts in seen)
+            assert seen[0]["ids"][step] == whole[0]["ids"][step]
+    assert losses == pytest.approx(whole[0]["losses"], rel=1e-5)
+    log = (tmp_path / "chain" / "log.txt").read_text(encoding="utf-8")
+    assert "saved by fsdp on 2, continued by single on 1" in log
+    assert "dropout draws anew from (seed, step, rank)" in log
+
+
+def test_a_finished_run_says_so_and_is_left_alone(root: Path) -> None:
+    run, _ = never_killed(root, "ddp", 2)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    seen = start(make_config(root, run), "ddp", 2)
+    assert seen is not None
+    assert all(facts["error"].startswith("AlreadyFinished: ") for facts in seen)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

@@ -1,0 +1,106 @@
+"""The verbs of one step under DeepSpeed. `accelerator.backward` would also step and clip; here each is a call of its own.
+
+DeepSpeed keeps fp32 weights and moments in flat partitions of its own; the model's parameters are copies that forward reads.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.backend.engine import Engine
+from trainer.backend.pieces import Piece, fragment_pieces, partition_pieces, with_moments
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO-1/2/3."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        if self.precision == "fp16":
+            self.model.optimizer.torch_autocast_gradscaler = (
+                None  # it would clip the scaled gradient; ours takes its place
+            )
+            self.model.optimizer.override_loss_scale(self.loss_scale)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.heartbeat.beat("backward")
+        self.model.backward(loss * self.divides_by, scale_wrt_gas=False)
+
+    def grad_norm(self) -> float:
+        self.heartbeat.beat("gradient norm")
+        zero = self.model.optimizer
+        if self.backend == "zero3":
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = float(combine_grad_norm_groups(zero._get_norm_groups()))
+        else:
+            norm = float(zero.scaled_global_norm())
+        return norm / self.loss_scale if norm >= 0 else math.inf  # DeepSpeed's -1 stands for a norm that is not finite
+
+    def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
+        self.heartbeat.beat("optimizer step")
+        self.model.step()  # clips by gradient_clipping of its configuration, which is max_grad_norm (wrap.configure_zero)
+        self._grow_loss_scale()
+        self._tell_loss_scale()
+
+    def discard(self) -> None:
+        # ZeRO's own step cleans up after a non-finite norm and moves nothing; make sure that it sees one.
+        for gradients in self.model.optimizer.averaged_gradients.values():
+            for gradient in gradients or ():
+                gradient.fill_(math.nan)
+        self.model.step()
+        self._shrink_loss_scale()
+        self._tell_loss_scale()
+
+    def local_state(self) -> list[Piece]:
+        zero = self.model.optimizer
+        is_3 = self.backend == "zero3"
+        for flat in zero.fp32_partitioned_groups_flat if is_3 else zero.single_partition_of_fp32_groups:
+            with_moments(flat, zero.optimizer)  # those that hold only padding on this rank take steps too
+        if is_3:
+            return list(partition_pieces(self._trainable(), zero, self.rank))
+        return list(fragment_pieces(self._trainable(), zero))
+
+    def state_was_written(self, optimizer_steps: int) -> None:
+        """As in Engine. The fp32 partitions were written; the weights that forward reads follow, as at the end of a step."""
+        super().state_was_written(optimizer_steps)
+        zero = self.model.optimizer
+        if self.backend != "zero3":
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.model.optimizer.optimizer
+
+    def _tell_loss_scale(self) -> None:
+        if self.precision == "fp16":
+            self.model.optimizer.override_loss_scale(self.loss_scale)
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter).detach()
+        with GatheredParameters([parameter], enabled=self.backend == "zero3"):
+            return parameter.detach().clone()
+
+    def _whole_gradient(self, parameter: Any) -> Tensor:
+        if self.backend == "zero3":
+            from deepspeed.utils import safe_get_full_grad
+
+            return safe_get_full_grad(parameter)
+        return parameter.get_full_hp_grad()  # safe_get_full_grad prefers .grad, which ZeRO-1 leaves unreduced

@@ -1,0 +1,269 @@
+"""What the loop calls: save the state of this step, restore the newest good one. Every rank makes one and calls it alike.
+
+Saved: the trainable weights and their moments (each rank's share), the optimizer's step count, the loss scale, the position, counters,
+best metric, the random number generators and open sums of every rank, the settings, and digests of base model and data.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from trainer.backend import Engine, SideGroup, library_versions
+from trainer.checkpoint import store
+from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_json, read_manifest
+from trainer.checkpoint.randomness import read_generators, seed_generators, write_generators
+from trainer.checkpoint.resume import Start
+from trainer.checkpoint.saver import Save, Saver, as_shard
+from trainer.checkpoint.shards import ShardReader, shard_name
+from trainer.checkpoint.snapshot import Snapshots, owned_pieces
+from trainer.checkpoint.state import TrainingState
+from trainer.config import RunConfig
+from trainer.data.batches import random_words
+from trainer.errors import CheckpointError, DivergedError
+from trainer.progress import Progress, Window
+
+
+class Checkpointer:
+    """Saves and restores one run. Collective but for `has_failed`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        *,
+        identity: Mapping[str, str | None],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """identity: digests of `base` and `data` that a checkpoint must share; say: shows a line, on rank 0 only."""
+        self.config, self.engine, self.identity, self.say = config, engine, dict(identity), say
+        self.root = config.folder / store.CHECKPOINTS
+        self.side = SideGroup(engine.rank, engine.world_size)
+        nonce = self.side.broadcast(secrets.token_hex(4))
+        self.saver = Saver(self.root, self.side, nonce=nonce, keep_last=config.train.keep_last, say=say)
+        self.snapshots = Snapshots()
+        self.saved_step = -1
+        self.damaged: set[Path] = set()
+
+    # Saving
+
+    def save(self, progress: Progress, small_files: Mapping[str, bytes], *, metric: float | None) -> None:
+        """Copy the state and return; writing goes on in the background. Waits for the save before, whose failure it raises."""
+        self.saver.wait()
+        engine, rank, world_size = self.engine, self.engine.rank, self.engine.world_size
+        pieces = engine.local_state()
+        shapes = {piece.key: list(piece.shape) for piece in pieces}
+        if engine.is_replicated:
+            pieces = list(owned_pieces(pieces, rank, world_size))
+        weights, moments = self.snapshots.take(piece for piece in pieces if piece.values.numel())
+        own = as_shard(read_generators() | {"window": window_tensor(progress.window)})
+        state = self.describe(progress)
+        files = {} if rank else {STATE: state.model_dump_json(indent=1).encode(), **small_files}
+        header = Manifest(
+            format="samestep-checkpoint-1",
+            step=progress.step,
+            backend=engine.backend,
+            world_size=world_size,
+            precision=engine.precision,
+            metric=metric,
+            config_sha256=checksum(state.config),
+            versions=library_versions(),
+            tensors={},
+            files={},
+        )
+        shards = {"weights": weights, "optimizer": moments, "rank": own}
+        self.saver.start(Save(header, shapes, shards, files, progress.best_step))
+        self.saved_step = progress.step
+
+    def describe(self, progress: Progress) -> TrainingState:
+        """state.json."""
+        engine = self.engine
+        return TrainingState(
+            counters=progress.counters(),
+            optimizer_steps=engine.optimizer_steps,
+            loss_scale=engine.loss_scale,
+            good_steps=engine.good_steps,
+            identity=self.identity,
+            config=self.config.model_dump(mode="json"),
+        )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save in flight failed; the loop sums it over ranks and then calls `wait` on all."""
+        return self.saver.has_failed
+
+    def wait(self) -> None:
+        """Until the last save is published; raises CheckpointError on all ranks if it failed."""
+        self.saver.wait()
+
+    def close(self) -> None:
+        """End the background thread."""
+        self.saver.close()
+
+    # Restoring
+
+    def clean(self) -> None:
+        """Make the folder of checkpoints, and delete what killed saves left. Rank 0 does it, before any save."""
+        if self.engine.rank == 0:
+            self.root.mkdir(exist_ok=True)
+            store.remove_leftovers(self.root)
+        self.side.broadcast(None)
+
+    def restore(self, start: Start) -> Progress:
+        """Load the newest good checkpoint of `start`, the newest first.
+
+        A damaged one is passed over, and said so; one that `train.resume` names is refused. CheckpointError, on all ranks, where
+        none is good.
+        """
+        explicit = self.config.train.resume != "auto"
+        for folder in start.checkpoints:
+            damage = self.find_damage(folder)
+            if damage is None:
+                self.say(f"continuing from {folder}")
+                return self.load(folder)
+            if explicit:
+                raise CheckpointError(f"train.resume names a damaged checkpoint: {damage}")
+            self.damaged.add(folder)
+            self.say(f"checkpoint passed over: {damage}")
+        raise CheckpointError(
+            f"none of the {len(start.checkpoints)} checkpoints in {self.root} is whole; train.resume=never starts anew"
+        )
+
+    def roll_back(self, bad: Progress) -> Progress:
+        """The newest good checkpoint of this run, with the step of `bad` left out from there. Remembered across restarts."""
+        self.saver.wait()
+        own = tuple(self.side.broadcast(store.list_checkpoints(self.root)))
+        if not own:
+            raise DivergedError(
+                f"step {bad.step + 1} asks for a rollback, but there is no checkpoint yet; lower optim.peak_lr"
+            )
+        progress = self.restore(Start("continue", own))
+        progress.num_rollbacks, progress.left_out_steps = bad.num_rollbacks + 1, [*bad.left_out_steps, bad.step]
+        if self.engine.rank == 0:
+            store.write_rollbacks(self.root, progress.num_rollbacks, progress.left_out_steps)
+        return progress
+
+    def remember_rollbacks(self, progress: Progress) -> None:
+        """Rollbacks that came after the checkpoint was written, and after which the run was killed."""
+        found = self.side.broadcast(store.read_rollbacks(self.root))
+        if found is not None and found[0] > progress.num_rollbacks:
+            progress.num_rollbacks, progress.left_out_steps = found
+
+    def find_damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, on every rank alike; each rank hashes its share of the files."""
+        share = (self.engine.rank, self.engine.world_size)
+        found = self.side.all_gather(store.describe_damage(folder, share=share))
+        return next((damage for damage in found if damage), None)
+
+    def load(self, folder: Path) -> Progress:
+        """Weights, moments, counters and random numbers of a verified checkpoint."""
+        problem = None
+        try:
+            manifest = read_manifest(folder)
+            state = read_state(folder)
+            progress = Progress.restored(state.counters)
+            self.check_belongs(folder, state)
+            if state.counters.step != manifest.step:
+                raise CheckpointError(f"{folder}: its state is of step {state.counters.step}, not {manifest.step}")
+        except CheckpointError as error:
+            problem = str(error)
+        self.raise_together(problem)
+        self.load_tensors(folder, manifest)
+        engine = self.engine
+        engine.state_was_written(state.optimizer_steps)
+        engine.loss_scale, engine.good_steps = state.loss_scale, state.good_steps
+        self.restore_own(folder, manifest, progress)
+        self.remember_rollbacks(progress)
+        self.saved_step = progress.step if folder.parent == self.root else -1
+        return progress
+
+    def raise_together(self, problem: str | None) -> None:
+        """CheckpointError on all ranks if any rank has a problem."""
+        problems = [found for found in self.side.all_gather(problem) if found]
+        if problems:
+            raise CheckpointError(problems[0])
+
+    def check_belongs(self, folder: Path, state: TrainingState) -> None:
+        """CheckpointError where base model or data are not those of this run."""
+        if state.identity.get("base") != self.identity.get("base"):
+            raise CheckpointError(
+                f"{folder} was trained on another base model than model.source ({self.config.model.source}) is now; "
+                "give the base it was trained on, or set train.resume=never"
+            )
+        if state.identity.get("data") != self.identity.get("data"):
+            raise CheckpointError(
+                f"{folder} was trained on other data than data.source ({self.config.data.source}) holds now; "
+                "give the same data, or set train.resume=never"
+            )
+
+    def load_tensors(self, folder: Path, manifest: Manifest) -> None:
+        """Fill this rank's pieces, each from the ranges of whatever ranks wrote it."""
+        problem = None
+        pieces = self.engine.local_state()
+        shapes = self.side.all_gather({piece.key: list(piece.shape) for piece in pieces})
+        wanted = {key: shape for part in shapes for key, shape in part.items()}
+        try:
+            check_names(folder, wanted, manifest.tensors)
+            reader = ShardReader(folder, [name for name in manifest.files if name.startswith(("weights", "optimizer"))])
+            for key, shape in wanted.items():
+                reader.check_tiling(key, shape)
+            for piece in pieces:
+                reader.copy_into(piece.key, piece.start, piece.values)
+        except CheckpointError as error:
+            problem = str(error)
+        self.raise_together(problem)
+
+    def restore_own(self, folder: Path, manifest: Manifest, progress: Progress) -> None:
+        """Random numbers and open sums of this rank: exactly under the topology that saved them, else from (seed, step, rank)."""
+        engine = self.engine
+        windows = []
+        for rank in range(manifest.world_size):
+            reader = ShardReader(folder, [shard_name("rank", rank, manifest.world_size)])
+            windows.append(reader.whole("window").tolist())
+            if rank == engine.rank:
+                own = {key: reader.whole(key) for key in reader.ranges if key.startswith("rng/")}
+        if (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size):
+            progress.window = Window.from_numbers(windows[engine.rank])
+            write_generators(own)
+            return
+        if engine.rank == 0:  # the sums of all ranks, by one of them
+            sums = [sum(column) for column in zip(*windows, strict=True)]
+            progress.window = Window.from_numbers([*sums[:3], windows[0][3], windows[0][4]])
+        seed_generators(topology_seed(self.config.train.seed, progress.step, engine.rank))
+        self.say(
+            f"saved by {manifest.backend} on {manifest.world_size}, continued by {engine.backend} on {engine.world_size}: weights, "
+            "moments and sample order are exact, dropout draws anew from (seed, step, rank)"
+        )
+
+
+def check_names(folder: Path, wanted: Mapping[str, list[int]], stored: Mapping[str, list[int]]) -> None:
+    """CheckpointError unless the model's trainable tensors and the checkpoint's are the same, in name and shape."""
+    for key in sorted(wanted.keys() ^ stored.keys()):
+        lacks = f"{folder} lacks {key}" if key in wanted else f"{folder} holds {key}, which this model does not train"
+        raise CheckpointError(f"{lacks}; it belongs to another model or method")
+    for key, shape in wanted.items():
+        if list(stored[key]) != list(shape):
+            raise CheckpointError(f"{folder}: {key} has shape {tuple(stored[key])}, but the model's has {tuple(shape)}")
+
+
+def read_state(folder: Path) -> TrainingState:
+    """state.json; CheckpointError where it is none."""
+    try:
+        return TrainingState.model_validate_json(json.dumps(read_json(folder / STATE)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(f"{folder / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def window_tensor(window: Window) -> Tensor:
+    """A rank's open sums as a flat float64 tensor."""
+    return torch.tensor(window.numbers(), dtype=torch.float64)
+
+
+def topology_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one rank of a run that continues under another topology."""
+    return int(random_words(1, seed, step, rank)[0] >> 1)

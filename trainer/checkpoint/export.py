@@ -1,0 +1,163 @@
+"""From a checkpoint of any backend to a model that plain transformers, or PEFT, opens. One CPU process, no training code.
+
+A fully trained model is written shard by shard, so that one shard is in memory at a time. An adapter is small; its base stays where it is.
+Invariant: what was written has been opened again: no tensor is missing, empty or different.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainer.checkpoint.checkpointer import read_state
+from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.checkpoint.shards import ShardReader
+from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoints, newest_good
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.model.architecture import load_architecture, load_tokenizer, meta_model
+from trainer.model.export import INFO_FILE, export_model, load_exported
+from trainer.model.load import load_weights
+
+SHARD_BYTES = 2 * 2**30
+INDEX = "model.safetensors.index.json"
+WEIGHT = "weight/"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint's folder: `path` itself, or the newest whole one of a run directory. CheckpointError says what is wrong."""
+    if (path / CHECKPOINTS).is_dir():
+        found, damages = newest_good(list_checkpoints(path / CHECKPOINTS))
+        if found is None:
+            raise CheckpointError(f"{path} has no whole checkpoint" + "".join(f"; {damage}" for damage in damages))
+        return found
+    damage = describe_damage(path)
+    if damage is not None:
+        raise CheckpointError(f"PATH ({path}) is no whole checkpoint and no run directory with one: {damage}")
+    return path
+
+
+def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the model or adapter of a verified checkpoint into `target`, which must not exist or be empty, and open it again."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"--output ({target}) exists already; give a folder that does not exist yet")
+    manifest, state = read_manifest(folder), read_state(folder)
+    config = RunConfig.model_validate_json(json.dumps(state.config))
+    reader = ShardReader(folder, [name for name in manifest.files if name.startswith("weights")])
+    shapes = {key.removeprefix(WEIGHT): shape for key, shape in manifest.tensors.items() if key.startswith(WEIGHT)}
+    for name, shape in shapes.items():
+        reader.check_tiling(WEIGHT + name, shape)
+    label_names = stored_labels(folder)
+    info = {
+        "task": config.model.task,
+        "method": config.method.name,
+        "base": config.model.source,
+        "label_names": label_names,
+        "max_length": config.data.max_length,
+    }
+    tokenizer = load_tokenizer(config.model)
+    try:
+        if config.method.name == "full":
+            check_model(folder, config, shapes, label_names)
+            write_whole(reader, shapes, folder / "config.json", target, shard_bytes)
+            tokenizer.save_pretrained(target)
+            (target / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+            check_written(target, reader, shapes)
+        else:
+            model = trained_parts(config, folder, manifest, label_names)
+            tensors = dict(read_weights(reader, shapes))
+            if "adapter_config.json" not in manifest.files:
+                tensors = dict(model.named_parameters()) | tensors
+            export_model(model, tensors, tokenizer, target, info)
+            check_loaded(target, reader, shapes, config)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]], label_names: list[str]) -> None:
+    """CheckpointError unless the checkpoint holds every parameter of the model that its settings name, from shapes alone."""
+    model = meta_model(config.model, load_architecture(config.model, label_names))
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {wrong[0]} is missing, or is not what {config.model.source} has; export is not possible"
+        )
+
+
+def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_names: list[str]) -> nn.Module:
+    """What the tensors are put into: for an adapter the PEFT model without weights, for a trained head the base with its weights."""
+    architecture = load_architecture(config.model, label_names)
+    if "adapter_config.json" not in manifest.files:
+        return load_weights(config.model, architecture)[0]
+    import peft
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    with torch.device("meta"):
+        return peft.get_peft_model(meta_model(config.model, architecture), settings)
+
+
+def stored_labels(folder: Path) -> list[str]:
+    """Class names by id, from the checkpoint's config.json."""
+    names = json.loads((folder / "config.json").read_bytes())["id2label"]
+    return [names[str(number)] for number in range(len(names))]
+
+
+def read_weights(reader: ShardReader, shapes: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """(parameter's name, whole fp32 tensor), one at a time."""
+    for name, shape in shapes.items():
+        yield name, reader.whole(WEIGHT + name).view(shape)
+
+
+def write_whole(
+    reader: ShardReader, shapes: Mapping[str, list[int]], config: Path, target: Path, shard_bytes: int
+) -> None:
+    """A Hugging Face model in shards of at most `shard_bytes`, or of one tensor that is larger."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config, target / "config.json")
+    groups: list[dict[str, list[int]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = 4 * math.prod(shape)
+        if groups[-1] and size + num_bytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = shape
+        size += num_bytes
+    places: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file(dict(read_weights(reader, group)), target / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(group, file)
+    if len(groups) > 1:
+        total = 4 * sum(math.prod(shape) for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_written(target: Path, reader: ShardReader, shapes: Mapping[str, list[int]]) -> None:
+    """CheckpointError unless every tensor lies in the exported files, of its shape, not empty, equal. One tensor in memory at a time."""
+    written: dict[str, Any] = {}
+    for file in sorted(target.glob("*.safetensors")):
+        tensors = safe_open(file, "pt")
+        written |= dict.fromkeys(tensors.keys(), tensors)
+    for name, tensor in read_weights(reader, shapes):
+        if name not in written or tensor.numel() == 0 or not torch.equal(written[name].get_tensor(name), tensor):
+            raise CheckpointError(f"{target}: {name} did not come back equal from the exported files; export again")
+
+
+def check_loaded(target: Path, reader: ShardReader, shapes: Mapping[str, list[int]], config: RunConfig) -> None:
+    """Open base and adapter as their user will. CheckpointError unless every trained tensor is there and equal."""
+    model = load_exported(target, trust_remote_code=config.model.trust_remote_code)[0]
+    loaded = dict(model.named_parameters())
+    for name, tensor in read_weights(reader, shapes):
+        if name not in loaded or tensor.numel() == 0 or not torch.equal(loaded[name], tensor):
+            raise CheckpointError(f"{target}: {name} did not come back equal from the exported files; export again")

@@ -1,0 +1,45 @@
+"""The random number generators of one rank as tensors, and back: torch on CPU and on this rank's GPU, numpy, and Python's own."""
+
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def read_generators() -> dict[str, Tensor]:
+    """Name -> flat tensor; together they decide every number that is drawn later."""
+    version, words, gauss = random.getstate()
+    assert version == 3, version
+    _, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    states = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/python": torch.tensor(words, dtype=torch.int64),
+        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "rng/numpy": torch.from_numpy(np.append(keys.astype(np.int64), [position, has_gauss])),
+        "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["rng/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def write_generators(states: Mapping[str, Tensor]) -> None:
+    """Put all generators where `read_generators` found them."""
+    gauss = states["rng/python_gauss"].tolist()
+    random.setstate((3, tuple(states["rng/python"].tolist()), gauss[0] if gauss else None))
+    *keys, position, has_gauss = states["rng/numpy"].tolist()
+    cached = states["rng/numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["rng/torch"])
+    if "rng/cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["rng/cuda"])
+
+
+def seed_generators(seed: int) -> None:
+    """Start all generators anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

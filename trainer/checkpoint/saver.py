@@ -1,0 +1,141 @@
+"""Writing and publishing in the background: training waits for the copy alone.
+
+One save is in flight at a time. Its thread writes, syncs and hashes this rank's files, then all ranks agree over a process group
+of their own; only if every rank succeeded does rank 0 write the manifest and rename the folder. A failure leaves the older
+checkpoints as they were and is known to every rank: the loop's next all-reduce makes all of them act on it together.
+"""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer.backend import SideGroup
+from trainer.checkpoint import store
+from trainer.checkpoint.manifest import FileEntry, Manifest, manifest_text, sync_folder, write_synced
+from trainer.checkpoint.shards import shard_name, write_shard
+from trainer.checkpoint.snapshot import Shard
+from trainer.errors import CheckpointError
+from trainer.faults import fault_point
+
+
+@dataclass(frozen=True)
+class Save:
+    """One checkpoint about to be written."""
+
+    header: Manifest
+    """Without tensors and files."""
+    shapes: dict[str, list[int]]
+    """Whole shape of every tensor that this rank holds a part of."""
+    shards: dict[str, Shard]
+    """This rank's tensors by kind of file: weights, optimizer, rank."""
+    files: dict[str, bytes]
+    """Small files of rank 0."""
+    best_step: int | None
+    """Whose checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank tells the others about its files."""
+
+    files: dict[str, FileEntry]
+    shapes: dict[str, list[int]]
+    error: str | None
+
+
+class Saver:
+    """Background writer of one rank. Every rank makes one and calls the same methods in the same order."""
+
+    def __init__(
+        self, root: Path, side: SideGroup, *, nonce: str, keep_last: int, say: Callable[[str], None] = print
+    ) -> None:
+        """root: folder of checkpoints; say: shows a line, rank 0 only."""
+        self.root, self.side, self.nonce, self.keep_last, self.say = root, side, nonce, keep_last, say
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[str | None] | None = None
+        self.complaints: list[str] = []
+
+    def start(self, save: Save) -> None:
+        """Write in the background. The one before must have ended (`wait`)."""
+        assert self.pending is None
+        self.pending = self.pool.submit(self._run, save)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save in flight failed. Does not wait."""
+        return self.pending is not None and self.pending.done() and self.pending.result() is not None
+
+    def wait(self) -> None:
+        """Until the save in flight is published. Raises CheckpointError, on all ranks, if it failed."""
+        if self.pending is None:
+            return
+        error, self.pending = self.pending.result(), None
+        for complaint in self.complaints:
+            self.say(complaint)
+        self.complaints.clear()
+        if error is not None:
+            raise CheckpointError(error)
+
+    def close(self) -> None:
+        """End the thread once it is done; errors were `wait`'s to raise."""
+        self.pool.shutdown(wait=True)
+
+    # In the thread
+
+    def _run(self, save: Save) -> str | None:
+        """None, or why the checkpoint was not published; the same on every rank."""
+        report = self._write_own_files(save)
+        reports = self.side.all_gather(report)
+        error = "; ".join(
+            f"rank {rank} could not write it: {report.error}" for rank, report in enumerate(reports) if report.error
+        )
+        if self.side.rank == 0:
+            error = self._finish(save, reports, error)
+        error = self.side.broadcast(error)
+        if not error:
+            return None
+        return f"the checkpoint of step {save.header.step} was not saved: {error}; the earlier ones are as they were"
+
+    def _write_own_files(self, save: Save) -> Report:
+        files: dict[str, FileEntry] = {}
+        side, step = self.side, save.header.step
+        try:
+            folder = store.start_folder(self.root, step, self.nonce)
+            for kind, tensors in save.shards.items():
+                name = shard_name(kind, side.rank, side.world_size)
+                files[name] = write_shard(folder / name, tensors)
+                fault_point(f"save.{kind}", side.rank)
+            for name, content in save.files.items():
+                files[name] = write_synced(folder / name, content)
+            fault_point("save.state", side.rank)
+            sync_folder(folder)
+        except Exception as error:  # whatever it is, the other ranks wait for this report
+            return Report({}, {}, f"{type(error).__name__}: {error}")
+        return Report(files, save.shapes, None)
+
+    def _finish(self, save: Save, reports: list[Report], error: str) -> str:
+        """Rank 0: publish and prune, or take the unfinished folder away. What went wrong, or nothing."""
+        folder = store.start_folder(self.root, save.header.step, self.nonce)
+        if error:
+            shutil.rmtree(folder, ignore_errors=True)
+            return error
+        tensors = {key: shape for report in reports for key, shape in report.shapes.items()}
+        files = {name: entry for report in reports for name, entry in report.files.items()}
+        manifest = save.header.model_copy(update={"tensors": tensors, "files": files})
+        try:
+            store.publish(folder, self.root, manifest_text(manifest), save.header.step)
+        except (OSError, CheckpointError) as failure:
+            shutil.rmtree(folder, ignore_errors=True)
+            return str(failure)
+        self.complaints += store.prune(self.root, keep_last=self.keep_last, best_step=save.best_step, nonce=self.nonce)
+        fault_point("save.pruned", 0)
+        return ""
+
+
+def as_shard(tensors: dict[str, Tensor]) -> Shard:
+    """Whole flat tensors as entries of a file."""
+    return [(f"{key}@0", tensor.reshape(-1)) for key, tensor in tensors.items()]

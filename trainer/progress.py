@@ -1,0 +1,89 @@
+"""Where a run stands: what must survive a restart beside weights, moments and random numbers.
+
+`Counters` are the same on every rank and go into a checkpoint's state.json; `Window` holds one rank's own sums. Local to the rank.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+
+from torch import Tensor
+
+
+@dataclass
+class Window:
+    """Sums of this rank since the last log line."""
+
+    loss_sum: Tensor | float = 0.0
+    num_correct: Tensor | int = 0
+    num_targets: int = 0
+    num_samples: int = 0
+    elapsed_s: float = 0.0
+
+    def numbers(self) -> list[float]:
+        """The sums as numbers, in the order of the fields."""
+        return [float(getattr(self, part.name)) for part in fields(self)]
+
+    @classmethod
+    def from_numbers(cls, numbers: list[float]) -> "Window":
+        """The reverse of `numbers`."""
+        loss_sum, num_correct, num_targets, num_samples, elapsed_s = numbers
+        return cls(loss_sum, int(num_correct), int(num_targets), int(num_samples), elapsed_s)
+
+
+@dataclass
+class Counters:
+    """Where the run stands; the same on every rank, and saved."""
+
+    step: int = 0
+    """Optimizer steps taken or left out: the position in the data and in the schedule."""
+    num_samples: int = 0
+    """Samples seen, over all ranks."""
+    num_targets: int = 0
+    """Targets seen, over all ranks."""
+    best_metric: float | None = None
+    best_step: int = 0
+    evaluated_step: int = -1
+    evaluations_since_best: int = 0
+    num_skipped: int = 0
+    """Steps left out because of a gradient that was not finite or too large."""
+    num_rollbacks: int = 0
+    left_out_steps: list[int] = field(default_factory=list)
+    """Steps whose batch a rollback decided to leave out."""
+    usual_grad_norm: float | None = None
+    """Moving average of the gradient norm, against which a spike is measured."""
+    num_normal_steps: int = 0
+    """Steps in that average."""
+    lr: float = 0.0
+
+
+@dataclass
+class Progress(Counters):
+    """The counters, and what this process alone knows."""
+
+    grad_norm: float = math.nan
+    stop_asked: bool = False
+    window: Window = field(default_factory=Window)
+    window_before: Window = field(default_factory=Window)
+    """The window as it was before the step at hand."""
+
+    def begin_step(self) -> None:
+        """Remember the sums, so that a step that is left out can be taken out of them."""
+        self.window_before = replace(self.window)
+
+    def forget_step(self) -> None:
+        """Take the step's loss out of the sums for the next log line."""
+        window, before = self.window, self.window_before
+        window.loss_sum, window.num_correct, window.num_targets = (
+            before.loss_sum,
+            before.num_correct,
+            before.num_targets,
+        )
+
+    def counters(self) -> Counters:
+        """What a checkpoint keeps."""
+        return Counters(**{part.name: getattr(self, part.name) for part in fields(Counters)})
+
+    @classmethod
+    def restored(cls, counters: Counters) -> "Progress":
+        """The reverse of `counters`."""
+        return cls(**vars(counters))

@@ -1,0 +1,101 @@
+"""Ends a job in which a rank hangs, and says which rank, in what, since when. One thread per rank, whatever the process group does.
+
+The engine's verbs beat; a rank that beats no more for `timeout_s` ends itself. The rank with the fewest beats is the one that all
+others wait for: each stuck rank leaves its count in a file, rank 0 reads them and names it. Invariant: nothing here is collective.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from trainer.backend import Heartbeat
+
+EXIT_CODE = 4
+GRACE_S = 3.0
+"""For the other ranks' files to appear."""
+
+
+class Watchdog:
+    """Watches this process's main thread from `start` to `stop`."""
+
+    def __init__(self, folder: Path, heartbeat: Heartbeat, *, rank: int, world_size: int, timeout_s: float) -> None:
+        """folder: shared by all ranks; made when first needed."""
+        self.folder, self.heartbeat, self.rank, self.world_size = folder, heartbeat, rank, world_size
+        self.timeout_s = timeout_s
+        self.main_thread = threading.get_ident()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.ended.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        seen, since = -1, time.monotonic()
+        while not self.ended.wait(min(1.0, self.timeout_s / 10)):
+            if self.heartbeat.count != seen:
+                seen, since = self.heartbeat.count, time.monotonic()
+            elif time.monotonic() - since > self.timeout_s * self.heartbeat.patience:
+                self._end_job(time.monotonic() - since)
+
+    def _end_job(self, silence_s: float) -> None:
+        """Write this rank's report, wait for the others', say what is known, and end the process."""
+        try:
+            self._write_report(silence_s)
+            time.sleep(GRACE_S)
+            reports = self._read_reports()
+            fewest = min(report["beats"] for report in reports.values())
+            guilty = [rank for rank, report in sorted(reports.items()) if report["beats"] == fewest]
+            if self.rank in guilty or self.rank == 0:
+                print(self._words(reports, guilty, silence_s), file=sys.stderr, flush=True)
+            if self.rank not in guilty:
+                time.sleep(GRACE_S)  # the first to end makes the launcher end the others: let the guilty speak
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _write_report(self, silence_s: float) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        report = {"beats": self.heartbeat.count, "phase": self.heartbeat.phase, "written": time.time()}
+        fresh = self.folder / f".stuck-{self.rank}"
+        fresh.write_text(json.dumps(report))
+        fresh.replace(self.folder / f"stuck-{self.rank}.json")
+
+    def _read_reports(self) -> dict[int, dict[str, Any]]:
+        """What stuck ranks wrote in this hang; files of an earlier one are too old."""
+        reports = {}
+        for rank in range(self.world_size):
+            try:
+                report = json.loads((self.folder / f"stuck-{rank}.json").read_text())
+                if time.time() - float(report["written"]) < self.timeout_s + 10 * GRACE_S:
+                    reports[rank] = report
+            except (OSError, ValueError, KeyError):
+                continue
+        return reports
+
+    def _words(self, reports: dict[int, dict[str, Any]], guilty: list[int], silence_s: float) -> str:
+        silent = sorted(set(range(self.world_size)) - set(reports))
+        lines = []
+        if silent:
+            lines.append(
+                f"watchdog: no sign of rank(s) {', '.join(map(str, silent))}: dead, or on a machine that is gone"
+            )
+        lines += [
+            f"watchdog: rank {rank} has made no progress for {silence_s:.0f} s in: {reports[rank]['phase']}"
+            for rank in (guilty if not silent else [])
+        ]
+        if self.rank in guilty:
+            frame = sys._current_frames().get(self.main_thread)
+            stack = "".join(traceback.format_stack(frame)[-12:]) if frame is not None else ""
+            lines.append(f"rank {self.rank} is at (most recent call last):\n{stack.rstrip()}")
+        lines.append("the job ends now; the same command goes on from the newest checkpoint")
+        return "\n".join(lines)
