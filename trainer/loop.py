@@ -48,6 +48,7 @@ class Trainer:
         self.eval_every = config.train.eval_every or self.steps_per_epoch
         self.progress = Progress()
         self.metric: float | None = None  # of the last evaluation
+        self.returned_to = -1  # by the last rollback
         self.stop: StopRequest | None = None
         self.checkpoints = Checkpointer(config, self.engine, identity=identity)
 
@@ -87,19 +88,10 @@ class Trainer:
         self.stop = StopRequest(self.config.folder, is_main=self.accelerator.is_main_process, time_limit_s=limit_s)
         opened.callback(self.stop.close)
         self.checkpoints.say = self.output.log.say
-        if self.config.train.hang_timeout_s is not None:
-            self.watch(opened, self.config.train.hang_timeout_s)
+        opened.enter_context(Watchdog(self.config, self.engine))
         self.checkpoints.clean()
         if start.kind == "continue":
             self.restore(start)
-
-    def watch(self, opened: ExitStack, timeout_s: float) -> None:
-        """Start the thread that ends a job in which a rank hangs."""
-        folder = self.config.folder / "watchdog"
-        place = {"rank": self.rank, "world_size": self.world_size}
-        watchdog = Watchdog(folder, self.engine.heartbeat, timeout_s=timeout_s, **place)
-        watchdog.start()
-        opened.callback(watchdog.stop)
 
     def restore(self, start: Start) -> None:
         """Take up the state of the newest good checkpoint. Collective."""
@@ -116,7 +108,12 @@ class Trainer:
         self.checkpoints.save(progress, self.output.small_files(), metric=metric)
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps happens after the step just taken; always after the last."""
+        """Whether something that happens every so many steps happens after the step just taken; always after the last.
+
+        Not where a rollback returned to: there it has happened before.
+        """
+        if self.progress.step == self.returned_to:
+            return False
         return self.progress.step % every == 0 or self.progress.step >= self.num_steps
 
     def is_over(self) -> bool:
@@ -179,6 +176,7 @@ class Trainer:
         """Return to the newest good checkpoint, from where the step at hand is left out. Collective."""
         bad, problem = self.progress, f"step {self.progress.step + 1}: gradient norm {self.progress.grad_norm:.3g}"
         self.progress = self.checkpoints.roll_back(bad)
+        self.returned_to = self.progress.step
         self.output.continue_from(self.progress.step, "")
         self.output.log.say(f"{problem}; rolled back to step {self.progress.step}, and that step is left out from here")
 

@@ -49,12 +49,14 @@ class RunOutput:
     def on_rank_0(self, write: Callable[[], None]) -> None:
         """Run `write` on rank 0 and wait for it; where it raises a user's error, every rank raises. Collective."""
         failure: SamestepError | None = None
-        if self.is_main:
-            try:
-                write()
-            except SamestepError as error:
-                failure = error
-        if self.engine.sum_over_ranks([float(failure is not None)])[0]:
+        with self.engine.heartbeat.long("writing on rank 0"):
+            if self.is_main:
+                try:
+                    write()
+                except SamestepError as error:
+                    failure = error
+            num_failures = self.engine.sum_over_ranks([float(failure is not None)])[0]
+        if num_failures:
             raise failure or SamestepError("rank 0 could not write to the run directory; see its message")
 
     def start_folder(self) -> None:

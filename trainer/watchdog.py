@@ -5,15 +5,16 @@ others wait for: each stuck rank leaves its count in a file, rank 0 reads them a
 """
 
 import json
+import math
 import os
 import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
-from trainer.backend import Heartbeat
+from trainer.backend import Engine
+from trainer.config import RunConfig
 
 EXIT_CODE = 4
 GRACE_S = 3.0
@@ -21,24 +22,25 @@ GRACE_S = 3.0
 
 
 class Watchdog:
-    """Watches this process's main thread from `start` to `stop`."""
+    """Watches the thread that enters it, until it leaves; not at all where train.hang_timeout_s is None."""
 
-    def __init__(self, folder: Path, heartbeat: Heartbeat, *, rank: int, world_size: int, timeout_s: float) -> None:
-        """folder: shared by all ranks; made when first needed."""
-        self.folder, self.heartbeat, self.rank, self.world_size = folder, heartbeat, rank, world_size
-        self.timeout_s = timeout_s
+    def __init__(self, config: RunConfig, engine: Engine) -> None:
+        """Starts nothing yet. RUN/watchdog, which all ranks share, is made when first needed."""
+        self.folder, self.timeout_s = config.folder / "watchdog", config.train.hang_timeout_s or math.inf
+        self.heartbeat, self.rank, self.world_size = engine.heartbeat, engine.rank, engine.world_size
         self.main_thread = threading.get_ident()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def start(self) -> None:
-        """Begin to watch."""
-        self.thread.start()
+    def __enter__(self) -> "Watchdog":
+        if self.timeout_s < math.inf:
+            self.thread.start()
+        return self
 
-    def stop(self) -> None:
-        """End the thread."""
+    def __exit__(self, *_: object) -> None:
         self.ended.set()
-        self.thread.join()
+        if self.thread.is_alive():
+            self.thread.join()
 
     def _watch(self) -> None:
         seen, since = -1, time.monotonic()

@@ -23,6 +23,8 @@ class Heartbeat:
         """Something that may take ten times as long, such as writing a large model."""
         self.beat(phase)
         self.patience = 10.0
-        yield
-        self.patience = 1.0
-        self.beat(f"after {phase}")
+        try:
+            yield
+        finally:
+            self.patience = 1.0
+            self.beat(f"after {phase}")

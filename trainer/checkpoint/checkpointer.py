@@ -47,13 +47,12 @@ class Checkpointer:
         self.saver = Saver(self.root, self.side, nonce=nonce, keep_last=config.train.keep_last, say=say)
         self.snapshots = Snapshots()
         self.saved_step = -1
-        self.damaged: set[Path] = set()
 
     # Saving
 
     def save(self, progress: Progress, small_files: Mapping[str, bytes], *, metric: float | None) -> None:
         """Copy the state and return; writing goes on in the background. Waits for the save before, whose failure it raises."""
-        self.saver.wait()
+        self.wait()
         engine, rank, world_size = self.engine, self.engine.rank, self.engine.world_size
         pieces = engine.local_state()
         shapes = {piece.key: list(piece.shape) for piece in pieces}
@@ -98,7 +97,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Until the last save is published; raises CheckpointError on all ranks if it failed."""
-        self.saver.wait()
+        with self.engine.heartbeat.long("waiting for a checkpoint to be written"):
+            self.saver.wait()
 
     def close(self) -> None:
         """End the background thread."""
@@ -109,7 +109,7 @@ class Checkpointer:
     def clean(self) -> None:
         """Make the folder of checkpoints, and delete what killed saves left. Rank 0 does it, before any save."""
         if self.engine.rank == 0:
-            self.root.mkdir(exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             store.remove_leftovers(self.root)
         self.side.broadcast(None)
 
@@ -121,13 +121,15 @@ class Checkpointer:
         """
         explicit = self.config.train.resume != "auto"
         for folder in start.checkpoints:
-            damage = self.find_damage(folder)
-            if damage is None:
+            with self.engine.heartbeat.long(f"restoring {folder}"):
+                damage = self.find_damage(folder)
+                progress = self.load(folder) if damage is None else None
+            if progress is not None:
                 self.say(f"continuing from {folder}")
-                return self.load(folder)
+                self.set_aside_later_than(progress.step)
+                return progress
             if explicit:
                 raise CheckpointError(f"train.resume names a damaged checkpoint: {damage}")
-            self.damaged.add(folder)
             self.say(f"checkpoint passed over: {damage}")
         raise CheckpointError(
             f"none of the {len(start.checkpoints)} checkpoints in {self.root} is whole; train.resume=never starts anew"
@@ -135,7 +137,7 @@ class Checkpointer:
 
     def roll_back(self, bad: Progress) -> Progress:
         """The newest good checkpoint of this run, with the step of `bad` left out from there. Remembered across restarts."""
-        self.saver.wait()
+        self.wait()
         own = tuple(self.side.broadcast(store.list_checkpoints(self.root)))
         if not own:
             raise DivergedError(
@@ -152,6 +154,15 @@ class Checkpointer:
         found = self.side.broadcast(store.read_rollbacks(self.root))
         if found is not None and found[0] > progress.num_rollbacks:
             progress.num_rollbacks, progress.left_out_steps = found
+
+    def set_aside_later_than(self, step: int) -> None:
+        """Rename checkpoints of later steps, which were damaged or are trained again; they are kept, and no longer listed. Collective."""
+        if self.engine.rank == 0:
+            for folder in store.list_checkpoints(self.root):
+                if store.step_of(folder) > step:
+                    aside = store.set_aside(folder, self.saver.nonce)
+                    self.say(f"{folder.name} is set aside as {aside.name}")
+        self.side.broadcast(None)
 
     def find_damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, on every rank alike; each rank hashes its share of the files."""

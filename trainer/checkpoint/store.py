@@ -126,9 +126,9 @@ def point_latest(root: Path, target: Path) -> None:
     sync_folder(root)
 
 
-def set_aside(folder: Path, nonce: str, why: str) -> Path:
+def set_aside(folder: Path, nonce: str) -> Path:
     """Rename a checkpoint that is in the way of a new one; it is kept, and no longer listed."""
-    aside = folder.with_name(f"{folder.name}.{why}-{nonce}")
+    aside = folder.with_name(f"{folder.name}.aside-{nonce}")
     folder.rename(aside)
     return aside
 

@@ -1,0 +1,144 @@
+"""Whether a run starts, continues or has ended: settings against what the checkpoints say. No torch, no ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint.manifest import STATE, Manifest, manifest_text
+from trainer.checkpoint.resume import OUTCOME, decide_start, flat_values
+from trainer.config import (
+    ClassificationData,
+    LoraConfig,
+    OptimConfig,
+    ProbeConfig,
+    RunConfig,
+    TrainConfig,
+    may_change,
+)
+from trainer.errors import CheckpointError, ConfigError
+
+MAY_CHANGE = {
+    *("name", "run_dir", "probe", "model.attention", "model.gradient_checkpointing", "model.trust_remote_code"),
+    *("train.micro_batch_size", "train.eval_batch_size", "train.eval_every", "train.log_every", "train.patience"),
+    *("train.save_every", "train.keep_last", "train.resume", "train.extend", "train.deterministic"),
+    *("train.on_nonfinite", "train.on_spike", "train.spike_factor", "train.max_skipped_steps", "train.max_rollbacks"),
+    *("train.time_limit_minutes", "train.hang_timeout_s"),
+}  # fmt: skip
+
+
+def config(run: Path, **train: Any) -> RunConfig:
+    return RunConfig(name="r", run_dir=run, train=TrainConfig(**({"num_epochs": 3} | train)))
+
+
+def saved(made: RunConfig, step: int = 10) -> Path:
+    """A folder with what the decision reads; whether it is whole is not asked here."""
+    folder = made.folder / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / STATE).write_text(json.dumps({"config": made.model_dump(mode="json")}))
+    content = Manifest(
+        format="samestep-checkpoint-1", step=step, backend="ddp", world_size=2, precision="no", metric=None,
+        config_sha256="0" * 64, versions={}, tensors={}, files={},
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest_text(content))
+    return folder
+
+
+def end(made: RunConfig, outcome: str) -> None:
+    (made.folder / OUTCOME).write_text(json.dumps({"outcome": outcome, "step": 10}))
+
+
+def test_every_setting_says_whether_it_may_change(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    assert set(may_change(made)) == MAY_CHANGE
+    assert len(flat_values(made)) > 50
+    must_match = set(flat_values(made)) - MAY_CHANGE
+    assert {
+        "data.source",
+        "model.source",
+        "optim.peak_lr",
+        "train.global_batch_size",
+        "train.num_epochs",
+        "train.seed",
+    } <= must_match
+
+
+def test_an_empty_folder_starts_fresh_and_a_stopped_run_continues(tmp_path: Path) -> None:
+    made = config(tmp_path / "run")
+    assert decide_start(made).kind == "fresh"
+    older, newer = saved(made, 10), saved(made, 20)
+    assert decide_start(made).checkpoints == (newer, older)
+    end(made, "stopped")
+    assert decide_start(made).kind == "continue"
+
+
+def test_a_finished_run_is_finished_until_it_is_extended(tmp_path: Path) -> None:
+    made = config(tmp_path / "run")
+    saved(made)
+    end(made, "finished")
+    assert decide_start(made).kind == "finished"
+    assert "train.extend=true" in decide_start(made).words
+    longer = config(tmp_path / "run", num_epochs=5)
+    with pytest.raises(ConfigError, match=r"train.num_epochs \(5.0\) was 3.0 .*train.extend=true"):
+        decide_start(longer)
+    start = decide_start(config(tmp_path / "run", num_epochs=5, extend=True))
+    assert (start.kind, start.words) == ("continue", "train.extend False -> True, train.num_epochs 3.0 -> 5.0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"optim": OptimConfig(peak_lr=1e-3)}, "optim.peak_lr"),
+        ({"data": ClassificationData(source="other.csv")}, "data.source"),
+        ({"method": LoraConfig()}, "method.name"),
+        ({"train": TrainConfig(num_epochs=3, global_batch_size=64)}, "train.global_batch_size"),
+        ({"train": TrainConfig(num_epochs=3, extend=True, seed=1)}, "train.seed"),
+    ],
+)
+def test_a_setting_that_must_match_is_refused_with_the_difference_and_the_ways_out(
+    changes: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    made = config(tmp_path / "run")
+    saved(made)
+    with pytest.raises(ConfigError) as refused:
+        decide_start(made.model_copy(update=changes))
+    problem = next(problem for problem in refused.value.problems if problem.startswith(name))
+    assert " was " in problem
+    assert "name=NEW" in problem
+    assert "train.resume=never" in problem
+
+
+def test_a_harmless_setting_is_accepted_and_noted(tmp_path: Path) -> None:
+    saved(config(tmp_path / "run"))
+    start = decide_start(config(tmp_path / "run", log_every=5, micro_batch_size=4))
+    assert start.kind == "continue"
+    assert start.words == "train.log_every 10 -> 5, train.micro_batch_size none -> 4"
+
+
+def test_never_and_probes_start_fresh_whatever_is_there(tmp_path: Path) -> None:
+    made = config(tmp_path / "run")
+    saved(made)
+    end(made, "finished")
+    assert decide_start(config(tmp_path / "run", resume="never")).kind == "fresh"
+    probe = made.model_copy(update={"probe": ProbeConfig(folder=tmp_path / "probe")})
+    assert decide_start(probe).kind == "fresh"
+
+
+def test_a_path_starts_another_run_from_a_checkpoint(tmp_path: Path) -> None:
+    first = config(tmp_path / "first")
+    older, newer = saved(first, 10), saved(first, 20)
+    assert decide_start(config(tmp_path / "second", resume=str(older))).checkpoints == (older,)
+    assert decide_start(config(tmp_path / "second", resume=str(first.folder))).checkpoints == (newer,)
+    assert decide_start(config(tmp_path / "first", resume=str(older))).checkpoints == (older,)
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
+        decide_start(config(tmp_path / "second", resume=str(tmp_path / "nothing")))
+
+
+def test_a_restarted_run_that_began_elsewhere_goes_on_from_its_own(tmp_path: Path) -> None:
+    first, second = config(tmp_path / "first"), config(tmp_path / "second")
+    saved(first, 10)
+    own = saved(second, 30)
+    start = decide_start(config(tmp_path / "second", resume=str(first.folder)))
+    assert start.checkpoints == (own,)
+    assert "train.resume is left aside" in start.words
