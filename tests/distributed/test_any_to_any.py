@@ -193,3 +193,30 @@ def test_three_ranks_go_on_from_one_and_two(backend: str, saved: Any) -> None:
         for (source, method), facts in by_rank.items():
             assert facts["wrong"] == [], (source, method)
             assert facts["losses"] == pytest.approx(expected[source][method], rel=1e-5), (source, method)
+
+
+@pytest.mark.parametrize("backend", ["fsdp_offload", "zero2_offload", "zero3_offload"])
+def test_offloaded_state_goes_on_from_any_and_is_gone_on_from(backend: str, saved: Any, tmp_path: Path) -> None:
+    root, expected = saved
+    for (source, method), facts in run_ranks(resume_each, backend, 2, args=(root, ("ddp", "fsdp", "zero2", "zero3")))[
+        0
+    ].items():
+        assert facts["wrong"] == [], (source, method)
+        assert facts["losses"] == pytest.approx(expected[source][method], rel=1e-5), (source, method)
+    losses = run_ranks(save_midway, backend, 2, args=(tmp_path, backend))[0]
+    for (_, method), facts in run_ranks(resume_each, "single", 1, args=(tmp_path, (backend,)))[0].items():
+        assert facts["wrong"] == [], method
+        assert facts["losses"] == pytest.approx(losses[method], rel=1e-5), method
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("fsdp", "zero3"), ("zero2", "ddp"), ("ddp", "fsdp"), ("single", "zero1")]
+)
+def test_bf16_runs_hand_over_their_fp32_masters(source: str, target: str, tmp_path: Path) -> None:
+    ranks = {backend: 1 if backend == "single" else 2 for backend in (source, target)}
+    losses = run_ranks(save_midway, source, ranks[source], args=(tmp_path, source), precision="bf16")[0]
+    by_rank = run_ranks(resume_each, target, ranks[target], args=(tmp_path, (source,)), precision="bf16")
+    for facts_by_method in by_rank:
+        for (_, method), facts in facts_by_method.items():
+            assert facts["wrong"] == [], method
+            assert facts["losses"] == pytest.approx(losses[method], rel=2e-2), method  # bf16 rounds by micro-batch

@@ -133,3 +133,63 @@ def test_a_finished_run_says_so_and_is_left_alone(root: Path) -> None:
     assert seen is not None
     assert all(facts["error"].startswith("AlreadyFinished: ") for facts in seen)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_kill_right_after_an_epochs_edge_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run", save_every=7, eval_every=4)
+    assert start(config, "ddp", 2, fault="step@1:9") is None
+    assert steps_published(config.folder) == [7]
+    assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=7)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_an_explicit_path_to_it_refused(
+    root: Path, tmp_path: Path
+) -> None:
+    config = make_config(root, tmp_path / "run")
+    assert start(config, "ddp", 2, fault="step@0:8") is None
+    older, newest = steps_published(config.folder)[-2:]
+    folder = config.folder / "checkpoints" / f"step-{newest:08d}"
+    shard = folder / "weights-00002-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    explicit = config.model_copy(update={"train": config.train.model_copy(update={"resume": str(folder)})})
+    refused = start(explicit, "ddp", 2)
+    assert refused is not None
+    for facts in refused:
+        assert "names a damaged checkpoint" in facts["error"]
+        assert "SHA-256 differs" in facts["error"]
+    assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=older)
+    log = (config.folder / "log.txt").read_text(encoding="utf-8")
+    assert f"checkpoint passed over: {shard} was changed after it was written" in log
+    assert f"{folder.name} is set aside as {folder.name}.aside-" in log
+
+
+def test_another_base_or_other_data_is_refused(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run", method="lora", max_steps=4)
+    moved = {"model": tmp_path / "model", "data": tmp_path / "data.csv"}
+    tiny_bert(moved["model"])
+    tiny_sentences(moved["data"], rows=160)
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"source": str(moved["model"])}),
+            "data": config.data.model_copy(update={"source": str(moved["data"])}),
+        }
+    )
+    assert start(config, "ddp", 2, fault="step@0:4") is None
+    tiny_sentences(moved["data"], rows=160, seed=1)
+    for facts in start(config, "ddp", 2) or []:
+        assert "was trained on other data than data.source" in facts["error"]
+    tiny_sentences(moved["data"], rows=160)
+    change_weights(moved["model"])
+    for facts in start(config, "ddp", 2) or []:
+        assert "was trained on another base model than model.source" in facts["error"]
+
+
+def change_weights(model: Path) -> None:
+    """Another model of the same architecture under the same name."""
+    from transformers import BertModel
+
+    other = BertModel.from_pretrained(model)
+    other.encoder.layer[1].output.dense.weight.data.mul_(1.01)
+    other.save_pretrained(model)
