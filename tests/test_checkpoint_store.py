@@ -1,8 +1,10 @@
 """Folders of checkpoints: what is published, what is kept, and that a kill at any moment leaves a whole one. No torch, no ranks."""
 
+import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import FileEntry, Manifest, manifest_text, read_manifest, write_synced
+from trainer.checkpoint.manifest import FileEntry, Manifest, checksum, manifest_text, read_manifest, write_synced
 from trainer.errors import CheckpointError
 
 SHARD = "weights-00001-of-00001.safetensors"
@@ -130,3 +132,27 @@ def test_no_sequence_of_saves_kills_and_prunings_loses_the_newest_whole_one(
     kept = set(steps(root))
     assert len(kept - protected - {best}) <= keep_last
     shutil.rmtree(root)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["format", "step", "backend", "world_size", "tensors", "files", "versions", "checksum"]),
+    value=JSON,
+)
+def test_any_value_in_a_manifest_gives_a_manifest_or_a_checkpoint_error(
+    tmp_path_factory: pytest.TempPathFactory, name: str, value: object
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    content = manifest(1, {}).model_dump(mode="json") | {name: value}
+    (folder / "manifest.json").write_text(json.dumps(content | {"checksum": checksum(content)}))
+    with suppress(CheckpointError):
+        read_manifest(folder)
+    assert store.describe_damage(folder) is None or isinstance(store.describe_damage(folder), str)
+    shutil.rmtree(folder)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start
-from tests.rank_pool import BACKENDS
+from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start, train
+from tests.rank_pool import BACKENDS, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 
-TOPOLOGIES = [("single", 1), *[(b, n) for b in BACKENDS if b != "single" for n in (2, 3)]]
+TOPOLOGIES = [
+    *[("single", 1), ("ddp", 2), ("ddp", 3), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
+    *[pytest.param(backend, 3, marks=pytest.mark.slow) for backend in BACKENDS if backend not in ("single", "ddp")],
+]
 SAVE_POINTS = [
     "save.weights@0:2", "save.weights@1:2", "save.optimizer@1:2", "save.rank@0:2", "save.state@1:2", "save.agreed:2",
     "save.manifest:2", "save.renamed:2", "save.pointer:2", "save.pruning:1", "save.pruned:2",
@@ -75,8 +78,17 @@ def test_after_sigkill_the_same_topology_continues_bit_for_bit(
     assert_went_on(config.folder, seen, never_killed(root, backend, ranks), first=published[-1])
 
 
-@pytest.mark.parametrize("point", SAVE_POINTS)
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize(
+    ("backend", "point"),
+    [
+        *[("ddp", point) for point in SAVE_POINTS],
+        *[
+            pytest.param(backend, point, marks=pytest.mark.slow)
+            for backend in ("fsdp", "zero2")
+            for point in SAVE_POINTS
+        ],
+    ],
+)
 def test_a_kill_at_any_point_of_a_save_loses_no_finished_one(
     backend: str, point: str, root: Path, tmp_path: Path
 ) -> None:
@@ -193,3 +205,29 @@ def change_weights(model: Path) -> None:
     other = BertModel.from_pretrained(model)
     other.encoder.layer[1].output.dense.weight.data.mul_(1.01)
     other.save_pretrained(model)
+
+
+def test_stop_requests_that_come_twice_and_during_a_save_stop_once(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run")
+    stopped = start(config, "ddp", 2, fault="save.weights@1:1:usr1,save.rank@1:1:usr1,save.agreed:1:usr1")
+    assert stopped is not None
+    (step,) = {facts["step"] for facts in stopped}
+    assert step in (3, 4)  # the flag is summed in the step after the one that was saved
+    assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=step)
+
+
+def test_a_stop_before_the_first_step_ends_is_saved_too(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run")
+    stopped = start(config, "fsdp", 2, fault="step@0:1:usr1")
+    assert stopped is not None
+    assert [facts["step"] for facts in stopped] == [1, 1]
+    assert_went_on(config.folder, start(config, "fsdp", 2), never_killed(root, "fsdp", 2), first=1)
+
+
+def test_no_secret_of_the_environment_reaches_the_run_directory(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run", max_steps=2)
+    secret = "hf_" + "s3cr3t" * 5
+    run_ranks(train, "ddp", 2, args=(config,), environ={"HF_TOKEN": secret, "WANDB_API_KEY": secret})
+    files = [path for path in config.folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
