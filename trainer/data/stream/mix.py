@@ -1,0 +1,119 @@
+"""Which source the g-th sample of a mixture comes from, and its how-manieth it is: a pure function of the weights.
+
+The sequence is cut into blocks. Of each block a source gets its share by integer cumulative targets (largest remainder), so at every
+block's end the realised number is within one sample of weight x position; inside a block the labels are permuted. Nothing is
+replayed to seek: the count of a source before a block is its cumulative target.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+
+from trainer.data.stream.order import key_of, permuted
+from trainer.errors import ConfigError
+
+BLOCK = 1024
+"""Samples of a block, at least; weights are met to one sample at its end. Twice 1 / the smallest share, so that no target falls."""
+SMALLEST_SHARE = 1e-4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that hold from one global sample on."""
+
+    start: int
+    """First sample."""
+    weights: tuple[float, ...]
+    """Of each source; they need not sum to 1."""
+
+
+class Mixture:
+    """Stages of weights over some sources. Local to the process; equal on all ranks."""
+
+    def __init__(self, stages: Sequence[Stage], seed: int) -> None:
+        """stages: the first starts at 0. ConfigError for weights that are negative, all zero or of another number."""
+        check_stages(stages)
+        self.stages, self.seed = tuple(stages), seed
+        self.shares = tuple(normalised(stage.weights) for stage in stages)
+        self.block = max(BLOCK, *(math.ceil(2 / share) for shares in self.shares for share in shares if share))
+        self.taken_before = self._taken_before_stages()
+
+    def at(self, sample: int) -> tuple[int, int]:
+        """(source, its running number from 0) of a global sample."""
+        stage = max(i for i, found in enumerate(self.stages) if found.start <= sample)
+        inside = sample - self.stages[stage].start
+        number, position = divmod(inside, self.block)
+        labels, ranks = self._block(stage, number)
+        source = labels[position]
+        before = self.taken_before[stage][source] + targets(self.shares[stage], number * self.block)[source]
+        return source, before + ranks[position]
+
+    def counts(self, samples: int) -> tuple[int, ...]:
+        """How many of the first `samples` global samples each source gives; by counting inside the last block only."""
+        if samples == 0:
+            return (0,) * len(self.shares[0])
+        stage = max(i for i, found in enumerate(self.stages) if found.start < samples)
+        number, position = divmod(samples - self.stages[stage].start, self.block)
+        base = targets(self.shares[stage], number * self.block)
+        labels = self._block(stage, number)[0][:position]
+        return tuple(
+            self.taken_before[stage][source] + base[source] + labels.count(source) for source in range(len(base))
+        )
+
+    def _taken_before_stages(self) -> tuple[tuple[int, ...], ...]:
+        taken: list[tuple[int, ...]] = [(0,) * len(self.shares[0])]
+        self.taken_before = tuple(taken)
+        for following in self.stages[1:]:
+            self.taken_before = (*taken, (0,) * len(self.shares[0]))
+            taken.append(self.counts(following.start))
+        return tuple(taken)
+
+    @lru_cache(maxsize=8)  # noqa: B019  (a mixture lives as long as its run)
+    def _block(self, stage: int, number: int) -> tuple[list[int], list[int]]:
+        """Source of each position of a block, and the position's rank among those of its source."""
+        first, last = (targets(self.shares[stage], edge * self.block) for edge in (number, number + 1))
+        plain = [source for source in range(len(first)) for _ in range(last[source] - first[source])]
+        key = key_of(self.seed, stage, number)
+        labels = [plain[permuted(position, len(plain), key)] for position in range(len(plain))]
+        seen = [0] * len(first)
+        ranks = []
+        for label in labels:
+            ranks.append(seen[label])
+            seen[label] += 1
+        return labels, ranks
+
+
+def targets(shares: Sequence[Fraction], samples: int) -> tuple[int, ...]:
+    """Whole samples of each source among the first `samples`: cumulative rounding of the cumulative shares.
+
+    Source i gets round(S_i n) - round(S_(i-1) n), where S are cumulative shares: each within one of its share, and their sum exact.
+    """
+    edges = [0]
+    total = Fraction(0)
+    for share in shares:
+        total += share
+        edges.append(int(total * samples + Fraction(1, 2)))
+    edges[-1] = samples
+    return tuple(last - first for first, last in pairwise(edges))
+
+
+def normalised(weights: Sequence[float]) -> tuple[Fraction, ...]:
+    """Weights as exact shares of 1."""
+    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    return tuple(weight / sum(exact) for weight in exact)
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """ConfigError for stages that cannot be followed."""
+    if not stages or stages[0].start != 0 or list(stages) != sorted(stages, key=lambda stage: stage.start):
+        raise ConfigError("data.stages: the first must start at sample 0, and each later than the one before")
+    for stage in stages:
+        if len(stage.weights) != len(stages[0].weights) or min(stage.weights) < 0 or sum(stage.weights) <= 0:
+            raise ConfigError(f"data.weights ({stage.weights}): one weight of 0 or more for each source, and not all 0")
+        if any(0 < weight < SMALLEST_SHARE * sum(stage.weights) for weight in stage.weights):
+            raise ConfigError(
+                f"data.weights ({stage.weights}): none but 0 may be below {SMALLEST_SHARE:g} of their sum"
+            )
