@@ -1,0 +1,152 @@
+"""Streams: any topology sees the samples that a plain single-process oracle sees; documents are isolated; state is one number."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.batches import IGNORED
+from trainer.data.stream.mix import Stage
+from trainer.data.stream.packing import Packing
+from trainer.data.stream.reader import Stream, StreamSettings
+from trainer.data.stream.shards import DatasetWriter, Tokenizer
+from trainer.errors import DataError
+
+TOKENIZER = Tokenizer(sha256="0" * 64, vocabulary=60_000, eos=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three datasets of several small shards; every token tells its source and document."""
+    root = tmp_path_factory.mktemp("streams")
+    for source, count in enumerate((120, 60, 30)):
+        rng = np.random.default_rng(source)
+        writer = DatasetWriter(root / str(source), TOKENIZER, shard_bytes=900)
+        for document in range(count):
+            writer.add(np.full(rng.integers(1, 60), source * 1000 + document + 1))
+        writer.finish()
+    return [root / str(source) for source in range(3)]
+
+
+def stream(
+    folders: list[Path], packing: Packing = "best_fit", *, weights: tuple[float, ...] = (5, 3, 2), **more: object
+) -> Stream:
+    chosen = StreamSettings(sequence_length=32, packing=packing, **({"seed": 3, "window": 2, "max_epochs": 50} | more))  # type: ignore[arg-type]
+    return Stream(folders, chosen, stages=[Stage(0, weights)])
+
+
+def digest(batch: dict[str, np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))).hexdigest()
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_one_pass_over_a_source_holds_every_token_of_its_rows_once(packing: Packing, folders: list[Path]) -> None:
+    one = stream(folders[:1], packing, weights=(1,), max_epochs=1)
+    rows = sum(one.sources[0].rows)
+    batch = one.batch(range(rows))
+    held = batch["input_ids"][batch["document_ids"] >= 0]
+    rng = np.random.default_rng(0)
+    wanted = np.concatenate([np.full(rng.integers(1, 60), document + 1) for document in range(120)])
+    if packing == "best_fit":
+        assert np.array_equal(np.sort(held), np.sort(wanted))
+    else:
+        assert len(held) == rows * 32 > len(wanted) - 32 * len(one.sources[0].rows)
+    with pytest.raises(DataError, match="would be pass 2 over it"):
+        one.batch([rows])
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_labels_positions_and_documents_of_a_row(packing: Packing, folders: list[Path]) -> None:
+    batch = stream(folders, packing).batch(range(200))
+    ids, labels, positions, documents = (
+        batch[name] for name in ("input_ids", "labels", "position_ids", "document_ids")
+    )
+    for b in range(200):
+        for t in range(32):
+            follows = t + 1 < 32 and documents[b, t] >= 0 and documents[b, t + 1] == documents[b, t]
+            assert labels[b, t] == (ids[b, t + 1] if follows else IGNORED)
+            is_start = t == 0 or documents[b, t] != documents[b, t - 1]
+            if documents[b, t] >= 0:
+                assert positions[b, t] == (0 if is_start else positions[b, t - 1] + 1)
+        for number in range(documents[b].max() + 1):
+            assert len(set(ids[b][documents[b] == number])) == 1  # a document is one repeated token here
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_chain_of_topologies_sees_the_samples_of_one_process(
+    folders_cached: list[Path], data: st.DataObject
+) -> None:
+    packing = data.draw(st.sampled_from(["concat", "best_fit"]))
+    weights = data.draw(st.sampled_from([(5.0, 3.0, 2.0), (1.0, 0.0, 1.0), (1.0, 1.0, 1.0)]))
+    batch_size = data.draw(st.integers(4, 12))
+    whole = stream(folders_cached, packing, weights=weights)
+    expected = [digest(whole.batch(range(step * batch_size, (step + 1) * batch_size))) for step in range(8)]
+    step, samples = 0, 0
+    while step < 8:
+        world_size, micro = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5) | st.none())
+        ranks = [stream(folders_cached, packing, weights=weights) for _ in range(world_size)]
+        for _ in range(data.draw(st.integers(1, 4))):
+            parts = [
+                one.batch(ids)
+                for rank, one in enumerate(ranks)
+                for ids in one.micro_batches(samples, batch_size, rank, world_size, micro)
+            ]
+            together = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            assert digest(together) == expected[step]
+            step, samples = step + 1, samples + batch_size
+            if step == 8:
+                break
+        samples = ranks[0].check_state(json.loads(json.dumps(ranks[0].state(samples))))
+
+
+@pytest.fixture(scope="module")
+def folders_cached(folders: list[Path]) -> list[Path]:
+    return folders
+
+
+def test_the_state_is_small_and_names_what_changed(folders: list[Path]) -> None:
+    one = stream(folders)
+    state = one.state(12345)
+    assert len(json.dumps(state)) < 1000
+    assert stream(folders).check_state(state) == 12345
+    for other, name in (
+        (stream(folders, seed=4), "data.seed changed"),
+        (stream(folders, "concat"), "a data setting changed"),
+        (stream(folders, weights=(1, 1, 1)), "a data setting changed"),
+        (stream(folders[::-1]), "a dataset changed"),
+    ):
+        with pytest.raises(DataError, match=name):
+            other.check_state(state)
+
+
+def test_plans_are_kept_and_made_again_when_damaged(folders: list[Path], tmp_path: Path) -> None:
+    chosen = StreamSettings(sequence_length=32, packing="best_fit", max_epochs=9)
+    expected = digest(Stream(folders, chosen).batch(range(50)))
+    for _ in range(2):
+        assert digest(Stream(folders, chosen, plan_folder=tmp_path).batch(range(50))) == expected
+    plans = sorted(tmp_path.glob("*.plan"))
+    assert len(plans) > 3
+    content = bytearray(plans[0].read_bytes())
+    content[40] ^= 1
+    plans[0].write_bytes(content)
+    plans[1].write_bytes(b"")
+    assert digest(Stream(folders, chosen, plan_folder=tmp_path).batch(range(50))) == expected
+
+
+def test_sources_of_different_tokenizers_are_refused(folders: list[Path], tmp_path: Path) -> None:
+    writer = DatasetWriter(tmp_path / "other", TOKENIZER.model_copy(update={"sha256": "1" * 64}))
+    writer.add(np.ones(100))
+    writer.finish()
+    with pytest.raises(DataError, match=r"other was tokenized with another tokenizer than .*; tokenize both"):
+        stream([folders[0], tmp_path / "other"], weights=(1, 1))
+
+
+def test_a_file_order_for_validation(folders: list[Path]) -> None:
+    one = stream(folders[:1], "concat", weights=(1,), shuffle=False)
+    places = [(one.place(k).shard, one.place(k).row) for k in range(20)]
+    assert places == sorted(places)
