@@ -8,6 +8,7 @@ import csv
 import os
 import shutil
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Iterable
@@ -33,6 +34,21 @@ def asset_path(name: str) -> Path:
 def cache_folder() -> Path:
     """Where assets are kept: $SAMESTEP_CACHE, or ~/.cache/samestep."""
     return Path(os.environ.get("SAMESTEP_CACHE") or "~/.cache/samestep").expanduser().absolute()
+
+
+def stdlib_files() -> list[Path]:
+    """`asset:stdlib`: the source files of the running Python's standard library, real text for pretraining; UTF-8 ones, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (file for file in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(file.parts))
+    return sorted(file for file in files if _is_utf8(file))
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return False
+    return True
 
 
 def put_asset(name: str, source: Path) -> Path:

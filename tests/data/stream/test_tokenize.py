@@ -1,0 +1,143 @@
+"""`tokenize`: what comes out is what the tokenizer says, from every kind of file, by any number of processes, through any kill."""
+
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+
+from trainer.data.assets import stdlib_files
+from trainer.data.stream.documents import read_documents
+from trainer.data.stream.shards import ShardReader, read_manifest
+from trainer.data.stream.tokenize import tokenize
+from trainer.errors import DataError
+
+END = "<end>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 400 tokens, trained on a few files of the standard library."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train([str(file) for file in stdlib_files()[:5]], trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+TEXTS = ["def one():\n    return 1\n", "zwei = 'ünïcödé ✓'\n", "", "x" * 500, "three"]
+
+
+def documents_of(folder: Path) -> list[list[int]]:
+    manifest = read_manifest(folder)
+    found = []
+    for shard in manifest.shards:
+        reader = ShardReader(folder, shard, manifest.dtype)
+        starts = np.concatenate([[0], reader.ends[:-1]])
+        found += [reader.tokens(int(s), int(e - s)).tolist() for s, e in zip(starts, reader.ends, strict=True)]
+    return found
+
+
+def inputs(kind: str, folder: Path) -> str:
+    """The texts as this kind of file."""
+    if kind == "folder":
+        for number, text in enumerate(TEXTS):
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+        return str(folder)
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": TEXTS}), folder / "a.parquet")
+        return str(folder / "a.parquet")
+    lines = "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in TEXTS).encode()
+    if kind == "jsonl.gz":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    elif kind == "jsonl.zst":
+        with pa.output_stream(str(folder / "a.jsonl.zst"), compression="zstd") as file:
+            file.write(lines)
+    else:
+        (folder / "a.jsonl").write_bytes(lines)
+    return str(folder / f"a.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_kind_of_file_gives_the_tokenizers_own_tokens(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    tokenize([inputs(kind, tmp_path / "in")], tmp_path / "out", tokenizer, eos=END)
+    plain = tokenizers.Tokenizer.from_file(str(tokenizer))
+    assert documents_of(tmp_path / "out") == [[*plain.encode(text).ids, plain.token_to_id(END)] for text in TEXTS]
+
+
+def test_one_and_two_processes_and_a_kill_give_the_same_dataset(tokenizer: Path, tmp_path: Path) -> None:
+    root = stdlib_files()[0].parent
+    names = [str(file) for file in stdlib_files() if file.parent == root][:120]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    whole = tokenize(names, tmp_path / "one", tokenizer, eos=END, shard_bytes=200_000)
+    assert len(whole.shards) > 5
+    two = tokenize(names, tmp_path / "two", tokenizer, eos=END, shard_bytes=200_000, processes=2)
+    assert two.dataset_id == whole.dataset_id
+    code = (
+        "import json; from pathlib import Path; from trainer.data.stream.tokenize import tokenize\n"
+        f"names = json.loads(Path({str(tmp_path / 'names.json')!r}).read_text())\n"
+        f"tokenize(names, Path({str(tmp_path / 'killed')!r}), Path({str(tokenizer)!r}), eos={END!r}, shard_bytes=200_000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while len(list((tmp_path / "killed").glob("*.bin"))) < random.randint(1, 4) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.bin")}
+    again = tokenize(names, tmp_path / "killed", tokenizer, eos=END, shard_bytes=200_000)
+    assert again.dataset_id == whole.dataset_id
+    assert any(path.stat().st_mtime_ns == written for path, written in kept.items())  # it went on
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\xff", r"a\.txt: byte 4 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \xff}\n', r"a\.jsonl: byte 23 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{oops\n', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: not a JSON object"),
+        ("a.jsonl", b'{"body": "a"}\n', r"line 1: no column text; it has body: give --column"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: text is int, not text"),
+        ("a.jsonl", b"", r"holds no document"),
+        ("a.parquet", b"nothing", r"a\.parquet is no readable Parquet file"),
+    ],
+)
+def test_bad_input_is_a_data_error_with_file_and_place(
+    name: str, content: bytes, message: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        tokenize([str(tmp_path / name)], tmp_path / "out", tokenizer, eos=END)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_missing_files_and_wrong_tokenizers_are_data_errors(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        tokenize([str(tmp_path / "none.jsonl")], tmp_path / "out", tokenizer, eos=END)
+    with pytest.raises(DataError, match=r"--eos \(</s>\) is no token"):
+        tokenize([str(tokenizer)], tmp_path / "out", tokenizer, eos="</s>")
+    with pytest.raises(DataError, match=r"is no tokenizer\.json"):
+        tokenize([str(tokenizer)], tmp_path / "out", Path(__file__), eos=None)
+
+
+def test_the_standard_library_is_real_text() -> None:
+    files = stdlib_files()
+    assert len(files) > 1000
+    first = next(read_documents(["asset:stdlib"], "text"))
+    assert first.text == files[0].read_text(encoding="utf-8")

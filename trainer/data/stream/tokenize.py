@@ -1,0 +1,175 @@
+"""Text into token shards: tokenized by several processes, written by one, the same to the byte whatever their number.
+
+Documents are dealt out in units of about a million characters and come back in order. After every shard the number of documents that it
+ends with is noted, so that a killed run goes on there. Invariant: the dataset depends on documents, tokenizer and shard size alone.
+"""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.stream.documents import Document, read_documents
+from trainer.data.stream.shards import (
+    SHARD_BYTES,
+    DatasetManifest,
+    DatasetWriter,
+    Shard,
+    Tokenizer,
+    hash_bytes,
+    write_file,
+)
+from trainer.errors import DataError
+
+UNIT_CHARACTERS = 1_000_000
+PROGRESS = ".progress.json"
+
+Unit = list[Document]
+Tokenized = list[np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How far a tokenization is, or what it did."""
+
+    documents: int
+    empty: int
+    tokens: int
+
+
+def tokenize(
+    inputs: list[str],
+    output: Path,
+    tokenizer_file: Path,
+    *,
+    eos: str | None,
+    column: str = "text",
+    processes: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    watch: Callable[[Tally], None] = lambda tally: None,
+) -> DatasetManifest:
+    """Make a dataset. eos: token after every document; None: none. watch: called after every unit.
+
+    Run again after a kill with the same arguments it goes on; with others it starts anew. DataError names file and place.
+    """
+    tokenizer = describe_tokenizer(tokenizer_file, eos)
+    settings = hash_bytes(json.dumps([inputs, column, tokenizer.model_dump(), shard_bytes]).encode())
+    writer = DatasetWriter(output, tokenizer, shard_bytes=shard_bytes)
+    done = take_up(writer, settings)
+    tally = Tally(done, 0, sum(shard.tokens for shard in writer.shards))
+    documents = skipped(read_documents(inputs, column), done)
+    for unit in tokenized(units(documents), tokenizer_file, tokenizer.eos, processes):
+        num_empty = sum(len(document) <= (tokenizer.eos is not None) for document in unit)
+        tally = Tally(tally.documents + len(unit), tally.empty + num_empty, tally.tokens + sum(map(len, unit)))
+        for number, document in enumerate(unit):
+            num_shards = len(writer.shards)
+            writer.add(document)
+            if len(writer.shards) > num_shards:
+                note(output, settings, tally.documents - len(unit) + number + 1, writer.shards)
+        watch(tally)
+    if tally.documents == 0:
+        raise DataError(f"INPUT ({', '.join(inputs)}) holds no document")
+    manifest = writer.finish()
+    (output / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def describe_tokenizer(file: Path, eos: str | None) -> Tokenizer:
+    """Hash, size and end-of-text id of a tokenizer.json. DataError where it is none or lacks `eos`."""
+    import tokenizers
+
+    try:
+        content = file.read_bytes()
+        loaded = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"--tokenizer ({file}) is no tokenizer.json: {str(error).splitlines()[0]}") from None
+    eos_id = None if eos is None else loaded.token_to_id(eos)
+    if eos is not None and eos_id is None:
+        raise DataError(f"--eos ({eos}) is no token of {file}; give one of its special tokens")
+    return Tokenizer(sha256=hashlib.sha256(content).hexdigest(), vocabulary=loaded.get_vocab_size(), eos=eos_id)
+
+
+def units(documents: Iterable[Document]) -> Iterator[Unit]:
+    """Documents in groups of about a million characters."""
+    unit: Unit = []
+    size = 0
+    for document in documents:
+        unit.append(document)
+        size += len(document.text)
+        if size >= UNIT_CHARACTERS:
+            yield unit
+            unit, size = [], 0
+    if unit:
+        yield unit
+
+
+def tokenized(units: Iterator[Unit], tokenizer_file: Path, eos: int | None, processes: int) -> Iterator[Tokenized]:
+    """The tokens of every unit's documents, in order, by so many processes."""
+    texts = ([document.text for document in unit] for unit in units)
+    if processes == 1:
+        _start_worker(tokenizer_file, eos)
+        yield from map(_tokenize_unit, texts)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, _start_worker, (tokenizer_file, eos)) as pool:
+        yield from bounded_map(pool, texts, most=2 * processes)
+
+
+def bounded_map(pool: Any, texts: Iterator[list[str]], most: int) -> Iterator[Tokenized]:
+    """Like pool.imap, but never more than `most` units ahead: imap would read the whole input into memory."""
+    waiting: list[Any] = []
+    for unit in texts:
+        waiting.append(pool.apply_async(_tokenize_unit, (unit,)))
+        if len(waiting) >= most:
+            yield waiting.pop(0).get()
+    for result in waiting:
+        yield result.get()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer_file: Path, eos: int | None) -> None:
+    import tokenizers
+
+    _worker["tokenizer"], _worker["eos"] = tokenizers.Tokenizer.from_file(str(tokenizer_file)), eos
+
+
+def _tokenize_unit(texts: list[str]) -> Tokenized:
+    end = [] if _worker["eos"] is None else [_worker["eos"]]
+    encoded = _worker["tokenizer"].encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(one.ids + end, np.uint32) for one in encoded]
+
+
+def skipped(documents: Iterator[Document], count: int) -> Iterator[Document]:
+    """Without the first `count`."""
+    for _ in range(count):
+        next(documents, None)
+    return documents
+
+
+def note(output: Path, settings: str, documents: int, shards: list[Shard]) -> None:
+    """Remember, after a shard, how many documents are in the shards so far."""
+    content = {
+        "settings": settings,
+        "documents": documents,
+        "shards": [shard.model_dump(mode="json") for shard in shards],
+    }
+    write_file(output / PROGRESS, json.dumps(content).encode())
+
+
+def take_up(writer: DatasetWriter, settings: str) -> int:
+    """Put the shards of a killed run with these settings into the writer; how many documents they hold of the input."""
+    try:
+        content = json.loads((writer.folder / PROGRESS).read_bytes())
+        if content["settings"] != settings:
+            return 0
+        writer.shards = [Shard.model_validate_json(json.dumps(shard)) for shard in content["shards"]]
+        return int(content["documents"])
+    except (OSError, ValueError, KeyError):
+        return 0
