@@ -15,6 +15,7 @@ import typer
 
 from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
+from launch.data import data_app
 from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import error_text, json_schema
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Tools for settings files.", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's file, such as recipes/lora_sst2.py.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]

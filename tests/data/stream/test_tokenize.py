@@ -105,6 +105,17 @@ def test_one_and_two_processes_and_a_kill_give_the_same_dataset(tokenizer: Path,
     assert any(path.stat().st_mtime_ns == written for path, written in kept.items())  # it went on
 
 
+def test_truncation_and_padding_stored_in_the_tokenizer_are_not_used(tokenizer: Path, tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer.from_file(str(tokenizer))
+    made.enable_truncation(4)
+    made.enable_padding(length=8)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("def one(): return 1")
+    tokenize([str(tmp_path / "a.txt")], tmp_path / "out", tmp_path / "tokenizer.json", eos=None)
+    plain = tokenizers.Tokenizer.from_file(str(tokenizer))
+    assert documents_of(tmp_path / "out") == [plain.encode("def one(): return 1").ids]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

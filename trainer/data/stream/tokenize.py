@@ -137,7 +137,10 @@ _worker: dict[str, Any] = {}
 def _start_worker(tokenizer_file: Path, eos: int | None) -> None:
     import tokenizers
 
-    _worker["tokenizer"], _worker["eos"] = tokenizers.Tokenizer.from_file(str(tokenizer_file)), eos
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.no_truncation()  # sentence encoders store both in tokenizer.json: 128 tokens of every document
+    tokenizer.no_padding()
+    _worker["tokenizer"], _worker["eos"] = tokenizer, eos
 
 
 def _tokenize_unit(texts: list[str]) -> Tokenized:

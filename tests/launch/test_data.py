@@ -1,0 +1,104 @@
+"""`samestep data`: what the commands print, their exit codes, and that none of them imports torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from launch.cli import main
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bytes as tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({**{c: i for i, c in enumerate(alphabet)}, "<end>": 256}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<end>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def run(*words: str, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", *words])
+    assert ended.value.code == code
+
+
+def test_text_becomes_a_dataset_that_is_described_and_verified(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.txt").write_text("a longer text")
+    out = tmp_path / "out"
+    run(
+        "tokenize",
+        str(tmp_path / "a.txt"),
+        str(tmp_path / "b.txt"),
+        "--output",
+        str(out),
+        "--tokenizer",
+        str(tokenizer),
+        "--eos",
+        "<end>",
+    )
+    run("stats", str(out), "--sequence-length", "16")
+    run("verify", str(out))
+    printed = capsys.readouterr().out
+    assert "20 tokens in 2 documents, 1 shard(s) of uint16, dataset id " in printed
+    assert "best_fit: 2 rows of 16, 37.500% padding, 0 tokens left over" in printed
+    assert "shard-00000.bin: whole" in printed
+    shard = out / "shard-00000.bin"
+    shard.write_bytes(b"\0" + shard.read_bytes()[1:])
+    run("verify", str(out), code=3)
+    assert "shard-00000.bin: DAMAGED: " in capsys.readouterr().out
+
+
+def test_foreign_files_are_adopted(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.array([1, 2, 256, 3, 256], "<u2").tofile(tmp_path / "train.bin")
+    run("adopt", str(tmp_path), "--tokenizer", str(tokenizer), "--eos", "<end>")
+    assert "5 tokens in 2 documents" in capsys.readouterr().out
+    run("verify", str(tmp_path))
+
+
+def test_mistakes_exit_with_2(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    for words, message in (
+        (
+            ["tokenize", str(tmp_path / "none.txt"), "--output", str(tmp_path / "o"), "--tokenizer", str(tokenizer)],
+            "there is no such file",
+        ),
+        (
+            ["tokenize", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "o"), "--tokenizer", str(tokenizer)],
+            "byte 0 is not UTF-8",
+        ),
+        (
+            ["tokenize", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "o"), "--tokenizer", "nowhere"],
+            "give a tokenizer.json",
+        ),
+        (["stats", str(tmp_path)], "is no token dataset"),
+        (["adopt", str(tmp_path), "--tokenizer", str(tokenizer)], "has no .ds and no .bin file"),
+    ):
+        run(*words, code=2)
+        assert message in capsys.readouterr().err
+
+
+def test_the_commands_import_no_torch(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    words = [
+        "data",
+        "tokenize",
+        str(tmp_path / "a.txt"),
+        "--output",
+        str(tmp_path / "o"),
+        "--tokenizer",
+        str(tokenizer),
+    ]
+    code = f"import sys; from launch.cli import app; app({words!r}, standalone_mode=False); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
