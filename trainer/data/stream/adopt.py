@@ -141,8 +141,9 @@ def read_megatron(file: Path) -> Foreign:
 def read_bin(file: Path, tokenizer: Tokenizer) -> Foreign:
     """llm.c's header or none."""
     with file.open("rb") as opened:
-        head = np.frombuffer(opened.read(12), "<i4")
-    if len(head) == 3 and int(head[0]) == LLM_C_MAGIC:
+        start = opened.read(12)
+    head = np.frombuffer(start, "<i4") if len(start) == 12 else np.zeros(3, "<i4")
+    if int(head[0]) == LLM_C_MAGIC:
         if int(head[1]) != 1:
             raise ValueError(f"its llm.c header has version {int(head[1])}; 1 is read")
         tokens = tokens_of(file, "uint16", LLM_C_HEADER)
