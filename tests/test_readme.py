@@ -18,7 +18,7 @@ COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.spl
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 20
+    assert len(COMMANDS) == 24
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep")]
 
 
@@ -55,11 +55,11 @@ def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith(("samestep parity", "samestep predict", "samestep checkpoint"))]
+    "command", [c for c in COMMANDS if c.startswith(("samestep parity", "samestep predict", "samestep checkpoint", "samestep data"))]
 )
 def test_other_lines_name_real_options(command: str) -> None:
     words = shlex.split(command)[1:]
-    group = 2 if words[0] == "checkpoint" else 1
+    group = 2 if words[0] in ("checkpoint", "data") else 1
     result = CliRunner().invoke(app, [*words[:group], "--help"])
     options = [word for word in words if word.startswith("--")]
     assert result.exit_code == 0
