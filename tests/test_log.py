@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from trainer.errors import ConfigError, SamestepError
-from trainer.log import RunLog, json_line, start_run_folder, write_summary
+from trainer.log import RunLog, json_line, lock_run_folder, start_run_folder, write_summary
 from trainer.quiet import quiet_prints
 from trainer.screen import announce, clock, eta_s, progress_words
 
@@ -330,3 +330,15 @@ def test_recording_costs_little(folder):
     elapsed_s = time.perf_counter() - started
     log.close()
     assert elapsed_s / 200 < 0.01
+
+
+def test_a_run_directory_is_used_by_one_process_at_a_time(tmp_path):
+    held = lock_run_folder(tmp_path / "run")
+    code = (
+        "from pathlib import Path; from trainer.log import lock_run_folder\n"
+        f"lock_run_folder(Path({str(tmp_path / 'run')!r}))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "is in use: another process trains there" in other.stderr
+    held.release()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

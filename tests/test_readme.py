@@ -55,7 +55,12 @@ def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith(("samestep parity", "samestep predict", "samestep checkpoint", "samestep data"))]
+    "command",
+    [
+        c
+        for c in COMMANDS
+        if c.startswith(("samestep parity", "samestep predict", "samestep checkpoint", "samestep data"))
+    ],
 )
 def test_other_lines_name_real_options(command: str) -> None:
     words = shlex.split(command)[1:]

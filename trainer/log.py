@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 from rich.text import Text
 
 from trainer.errors import ConfigError, SamestepError
@@ -106,6 +107,24 @@ class RunLog:
                 self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
             for name, number in numbers.items():
                 self.events.add_scalar(name, number, step)
+
+
+def lock_run_folder(folder: Path) -> FileLock | None:
+    """Hold the run directory for this process, until it ends or lets go. Rank 0 only. None on file systems without locks.
+
+    Raises ConfigError where another process trains there: it would lose its folder, or its unfinished checkpoint.
+    """
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"run_dir ({folder}) is in use: another process trains there; wait for it, or set name=NEW"
+        ) from None
+    except (OSError, NotImplementedError):
+        return None
+    return lock
 
 
 def start_run_folder(folder: Path) -> Path | None:

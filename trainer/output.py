@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from trainer.backend import Engine
@@ -21,7 +22,7 @@ from trainer.config import RunConfig
 from trainer.data.classify import ClassificationSet, Split
 from trainer.errors import SamestepError
 from trainer.evaluate import evaluate_logits
-from trainer.log import RunLog, start_run_folder, write_summary
+from trainer.log import RunLog, lock_run_folder, start_run_folder, write_summary
 from trainer.metrics import classification_metrics, confusion
 from trainer.model.export import adapter_settings, export_model, is_adapter, load_exported
 from trainer.plots import plot_confusion, plot_curves
@@ -40,6 +41,7 @@ class RunOutput:
         """Start the folder, config.yaml first; for a fresh run an earlier one of this name is moved aside. Collective."""
         self.config, self.engine, self.data = config, engine, data
         self.is_main, self.folder, self.is_fresh = engine.rank == 0, config.folder, is_fresh
+        self.lock: FileLock | None = None
         self.on_rank_0(self.start_folder)
         self.log = RunLog(self.folder, is_main=self.is_main, total_steps=num_steps)
         self.log.say(self.describe_backend())
@@ -61,6 +63,7 @@ class RunOutput:
 
     def start_folder(self) -> None:
         """Rank 0: an empty run directory, or the one to continue, with the resolved config."""
+        self.lock = lock_run_folder(self.folder)
         if self.is_fresh:
             start_run_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +113,11 @@ class RunOutput:
         )
 
     def close(self) -> None:
-        """Flush the logs."""
+        """Flush the logs and let others use the run directory."""
         self.log.close()
+        if self.lock is not None:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     @property
     def model_folder(self) -> Path:
