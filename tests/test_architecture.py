@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.stop", "trainer.faults", "trainer.progress"),
+    ("trainer.checkpoint.direct",),
     ("trainer.checkpoint.manifest",),
     ("trainer.checkpoint.store", "trainer.checkpoint.state"),
     ("trainer.checkpoint.resume", "trainer.divergence"),

@@ -117,7 +117,7 @@ def edit(folder: Path, rng: random.Random, *, forge: bool) -> None:
         lambda: content["files"].pop(name),
         lambda: content["files"][name].update(size=content["files"][name]["size"] + 1),
         lambda: content["files"][name].update(size="12"),
-        lambda: content["files"][name].update(sha256="0" * 64),
+        lambda: content["files"][name].update(blake3="0" * 64),
         lambda: content.update(step=content["step"] + 1),
         lambda: content.update(step=-1),
         lambda: content.update(world_size=0),

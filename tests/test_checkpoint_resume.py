@@ -39,7 +39,7 @@ def saved(made: RunConfig, step: int = 10) -> Path:
     (folder / STATE).write_text(json.dumps({"config": made.model_dump(mode="json")}))
     content = Manifest(
         format="samestep-checkpoint-1", step=step, backend="ddp", world_size=2, precision="no", metric=None,
-        config_sha256="0" * 64, versions={}, tensors={}, files={},
+        config_hash="0" * 64, versions={}, tensors={}, files={},
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest_text(content))
     return folder

@@ -28,7 +28,7 @@ def write(root: Path, step: int, *, nonce: str = "n") -> tuple[Path, str]:
 def manifest(step: int, files: dict[str, FileEntry]) -> Manifest:
     return Manifest(
         format="samestep-checkpoint-1", step=step, backend="ddp", world_size=1, precision="no", metric=0.5,
-        config_sha256="0" * 64, versions={"torch": "2"}, tensors={"weight/a": [3, 0]}, files=files,
+        config_hash="0" * 64, versions={"torch": "2"}, tensors={"weight/a": [3, 0]}, files=files,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ manifest (what a folder must hold) <- shards (tensor files), store (folders: pub
 writing), restore <- checkpointer (what the loop calls). `resume` decides whether a run continues; `export` writes a plain model.
 
     RUN/checkpoints/latest                                the newest one's name, for people and scripts
-    RUN/checkpoints/step-00000100/manifest.json           sizes and SHA-256 of all other files, tensors, world, backend
+    RUN/checkpoints/step-00000100/manifest.json           sizes and BLAKE3 of all other files, tensors, world, backend
                                  /state.json              counters, position, config
                                  /weights-00001-of-00002.safetensors, optimizer-..., rank-...     one of each per rank
 """

@@ -18,8 +18,8 @@ from trainer.checkpoint import store
 from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_json, read_manifest
 from trainer.checkpoint.randomness import read_generators, seed_generators, write_generators
 from trainer.checkpoint.resume import Start
-from trainer.checkpoint.saver import Save, Saver, as_shard
-from trainer.checkpoint.shards import ShardReader, shard_name
+from trainer.checkpoint.saver import Save, Saver
+from trainer.checkpoint.shards import ShardReader, image_of, shard_name
 from trainer.checkpoint.snapshot import Snapshots, owned_pieces
 from trainer.checkpoint.state import TrainingState
 from trainer.config import RunConfig
@@ -58,8 +58,8 @@ class Checkpointer:
         shapes = {piece.key: list(piece.shape) for piece in pieces}
         if engine.is_replicated:
             pieces = list(owned_pieces(pieces, rank, world_size))
-        weights, moments = self.snapshots.take(piece for piece in pieces if piece.values.numel())
-        own = as_shard(read_generators() | {"window": window_tensor(progress.window)})
+        images = self.snapshots.take([piece for piece in pieces if piece.values.numel()])
+        own = image_of({"window": window_tensor(progress.window)} | read_generators())
         state = self.describe(progress)
         files = {} if rank else {STATE: state.model_dump_json(indent=1).encode(), **small_files}
         header = Manifest(
@@ -69,13 +69,12 @@ class Checkpointer:
             world_size=world_size,
             precision=engine.precision,
             metric=metric,
-            config_sha256=checksum(state.config),
+            config_hash=checksum(state.config),
             versions=library_versions(),
             tensors={},
             files={},
         )
-        shards = {"weights": weights, "optimizer": moments, "rank": own}
-        self.saver.start(Save(header, shapes, shards, files, progress.best_step))
+        self.saver.start(Save(header, shapes, images | {"rank": own}, files, progress.best_step))
         self.saved_step = progress.step
 
     def describe(self, progress: Progress) -> TrainingState:

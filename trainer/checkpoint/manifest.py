@@ -4,7 +4,6 @@ Place in the flow: written last, after every file is on disk and hashed; read fi
 content, so an edited one is found out like a flipped bit in a shard.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -12,17 +11,18 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from trainer.checkpoint.direct import read_direct
 from trainer.errors import CheckpointError
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FILE_NAME = r"(weights|optimizer|rank)-\d{5}-of-\d{5}\.safetensors|state\.json|config\.json|adapter_config\.json"
 LARGEST_JSON = 64 * 2**20  # bytes; a bigger manifest or state was not written by us
-CHUNK = 4 * 2**20
 
 FileName = Annotated[str, Field(pattern=f"^({FILE_NAME})$")]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Strict(BaseModel):
@@ -36,7 +36,7 @@ class FileEntry(Strict):
 
     size: NonNegativeInt
     """Bytes."""
-    sha256: Sha256
+    blake3: Hash
     """Of the whole file."""
 
 
@@ -54,7 +54,7 @@ class Manifest(Strict):
     """Of the forward pass; the tensors are the fp32 masters."""
     metric: float | None
     """The watched validation metric at this step; None where it was not evaluated here."""
-    config_sha256: Sha256
+    config_hash: Hash
     """Of the config in state.json."""
     versions: dict[str, str]
     """Of the libraries that took part."""
@@ -71,8 +71,8 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever its layout."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """BLAKE3 of a JSON object, whatever its layout."""
+    return blake3(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -115,13 +115,12 @@ def require_regular(path: Path) -> None:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 as they are on disk now."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(size=size, sha256=digest.hexdigest())
+    """Size and BLAKE3 as they are on disk now."""
+    digest, size = blake3(), 0
+    for chunk in read_direct(path):
+        digest.update(chunk)
+        size += len(chunk)
+    return FileEntry(size=size, blake3=digest.hexdigest())
 
 
 def write_synced(path: Path, content: bytes) -> FileEntry:
@@ -129,7 +128,7 @@ def write_synced(path: Path, content: bytes) -> FileEntry:
     with path.open("xb") as file:
         file.write(content)
         sync(file)
-    return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return FileEntry(size=len(content), blake3=blake3(content).hexdigest())
 
 
 def sync(file: BinaryIO) -> None:

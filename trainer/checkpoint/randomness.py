@@ -15,11 +15,11 @@ def read_generators() -> dict[str, Tensor]:
     assert version == 3, version
     _, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states = {
-        "rng/torch": torch.get_rng_state(),
         "rng/python": torch.tensor(words, dtype=torch.int64),
         "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "rng/numpy": torch.from_numpy(np.append(keys.astype(np.int64), [position, has_gauss])),
         "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "rng/torch": torch.get_rng_state(),  # bytes come after 8-byte numbers, which then stay aligned
     }
     if torch.cuda.is_available():
         states["rng/cuda"] = torch.cuda.get_rng_state()

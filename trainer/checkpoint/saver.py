@@ -11,13 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from trainer.backend import SideGroup
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import FileEntry, Manifest, manifest_text, sync_folder, write_synced
-from trainer.checkpoint.shards import shard_name, write_shard
-from trainer.checkpoint.snapshot import Shard
+from trainer.checkpoint.shards import ShardImage, shard_name
 from trainer.errors import CheckpointError
 from trainer.faults import fault_point
 
@@ -30,7 +27,7 @@ class Save:
     """Without tensors and files."""
     shapes: dict[str, list[int]]
     """Whole shape of every tensor that this rank holds a part of."""
-    shards: dict[str, Shard]
+    shards: dict[str, ShardImage]
     """This rank's tensors by kind of file: weights, optimizer, rank."""
     files: dict[str, bytes]
     """Small files of rank 0."""
@@ -105,9 +102,9 @@ class Saver:
         side, step = self.side, save.header.step
         try:
             folder = store.start_folder(self.root, step, self.nonce)
-            for kind, tensors in save.shards.items():
+            for kind, image in save.shards.items():
                 name = shard_name(kind, side.rank, side.world_size)
-                files[name] = write_shard(folder / name, tensors)
+                files[name] = image.write(folder / name)
                 fault_point(f"save.{kind}", side.rank)
             for name, content in save.files.items():
                 files[name] = write_synced(folder / name, content)
@@ -134,8 +131,3 @@ class Saver:
         self.complaints += store.prune(self.root, keep_last=self.keep_last, best_step=save.best_step, nonce=self.nonce)
         fault_point("save.pruned", 0)
         return ""
-
-
-def as_shard(tensors: dict[str, Tensor]) -> Shard:
-    """Whole flat tensors as entries of a file."""
-    return [(f"{key}@0", tensor.reshape(-1)) for key, tensor in tensors.items()]

@@ -4,23 +4,27 @@ A file is plain safetensors. Each entry is a flat range named `kind/parameter@st
 the overlaps. Invariant: the entries of a tensor tile it, without gap or overlap; a reader refuses otherwise.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.checkpoint.manifest import CHUNK, FileEntry, sync
+from trainer.checkpoint.direct import ALIGNMENT, write_direct
+from trainer.checkpoint.manifest import FileEntry
 from trainer.errors import CheckpointError
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+
+
+Layout = Sequence[tuple[str, torch.dtype, int]]
+"""(entry key, dtype, elements) of each entry of a file, in its order. 8-byte types come before smaller ones."""
 
 
 def shard_name(kind: str, rank: int, world_size: int) -> str:
@@ -33,40 +37,54 @@ def entry_key(key: str, start: int) -> str:
     return f"{key}@{start}"
 
 
-def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> FileEntry:
-    """Write flat CPU tensors to a new safetensors file, hashed on the way, on disk when this returns.
+class ShardImage:
+    """A safetensors file in memory, as it will lie on disk: aligned, so that it is written past the page cache (direct.py).
 
-    safetensors' own writer copies every tensor once more and holds the interpreter lock meanwhile, which training would feel.
+    safetensors' own writer copies every tensor twice more and holds the interpreter lock meanwhile, which training would feel.
     """
-    header: dict[str, Any] = {}
-    position = 0
-    for key, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + size],
-        }
-        position += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("xb", buffering=0) as file:
-        blocks: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-        for block in chain(blocks, blocks_of(tensor for _, tensor in tensors)):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
-        sync(file)
-    return FileEntry(size=size, sha256=digest.hexdigest())
+
+    def __init__(self, layout: Layout, *, pinned: bool) -> None:
+        """pinned: for copies from a GPU. Memory: the file's size, once."""
+        self.layout, self.pinned = tuple(layout), pinned
+        header: dict[str, Any] = {}
+        position = 0
+        for key, dtype, length in layout:
+            size = length * dtype.itemsize
+            header[key] = {"dtype": DTYPES[dtype], "shape": [length], "data_offsets": [position, position + size]}
+            position += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        self.size = 8 + len(text) + position
+        room = torch.empty(self.size + 2 * ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+        start = -room.data_ptr() % ALIGNMENT
+        self.bytes = room[start : start + -(-self.size // ALIGNMENT) * ALIGNMENT]
+        self.bytes[: 8 + len(text)] = torch.frombuffer(
+            bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8
+        )
+        self.views: dict[str, Tensor] = {}
+        """Entry key -> flat tensor inside the image; copy the values there."""
+        place = 8 + len(text)
+        for key, dtype, length in layout:
+            end = place + length * dtype.itemsize
+            self.views[key] = self.bytes[place:end].view(dtype)
+            place = end
+
+    def write(self, path: Path) -> FileEntry:
+        """Write to a new file, hashed on the way, on disk when this returns."""
+        digest = blake3()
+        for chunk in write_direct(path, memoryview(cast(Any, self.bytes.numpy())), self.size):
+            digest.update(chunk)
+        return FileEntry(size=self.size, blake3=digest.hexdigest())
 
 
-def blocks_of(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
-    """The bytes of the tensors, a few MB at a time: hashed while they are in the cache, and written without the interpreter lock."""
-    for tensor in tensors:
-        view = memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
-        for start in range(0, len(view), CHUNK):
-            yield view[start : start + CHUNK]
+def image_of(tensors: Mapping[str, Tensor]) -> ShardImage:
+    """Whole CPU tensors as a file."""
+    image = ShardImage(
+        [(entry_key(key, 0), tensor.dtype, tensor.numel()) for key, tensor in tensors.items()], pinned=False
+    )
+    for key, tensor in tensors.items():
+        image.views[entry_key(key, 0)].copy_(tensor.reshape(-1))
+    return image
 
 
 @dataclass(frozen=True)

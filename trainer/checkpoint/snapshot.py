@@ -1,48 +1,45 @@
 """This rank's share of the training state, copied to CPU memory while training waits.
 
-The copies live in buffers that are kept between saves: the first save pays for fresh memory, later ones for the copy alone. On a GPU the
-buffers are pinned and all copies are in flight together. Memory: the rank's share of weights and moments, once.
+The copies are made where they will be written from: images of the shard files, kept between saves, so that only the first save pays for
+fresh memory. On a GPU the images are pinned and all copies are in flight together. Memory: the rank's share of the state, once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from trainer.backend import Piece
-from trainer.checkpoint.shards import entry_key
-
-Shard = list[tuple[str, Tensor]]
-"""(entry key, flat CPU tensor) of each range in one file."""
+from trainer.checkpoint.shards import Layout, ShardImage, entry_key
 
 
 class Snapshots:
     """Makes copies of pieces; a new snapshot overwrites the one before, so the writer must be done with that."""
 
     def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
+        self.images: dict[str, ShardImage] = {}
 
-    def take(self, pieces: Iterable[Piece]) -> tuple[Shard, Shard]:
-        """Copies of this rank's weights and of its moments. Local to the rank."""
-        weights: Shard = []
-        moments: Shard = []
-        on_gpu = False
-        for piece in pieces:
-            on_gpu = on_gpu or piece.values.device.type != "cpu"
-            copy = (entry_key(piece.key, piece.start), self._copy(piece))
-            (weights if piece.kind == "weight" else moments).append(copy)
+    def take(self, pieces: Sequence[Piece]) -> dict[str, ShardImage]:
+        """Images of this rank's `weights` and `optimizer` files. Local to the rank."""
+        by_file = {
+            "weights": [piece for piece in pieces if piece.kind == "weight"],
+            "optimizer": [piece for piece in pieces if piece.kind != "weight"],
+        }
+        on_gpu = any(piece.values.device.type != "cpu" for piece in pieces)
+        for kind, members in by_file.items():
+            layout = [(entry_key(p.key, p.start), p.values.dtype, p.values.numel()) for p in members]
+            views = self._image(kind, layout, pinned=on_gpu and torch.cuda.is_available()).views
+            for piece in members:
+                views[entry_key(piece.key, piece.start)].copy_(piece.values.reshape(-1), non_blocking=True)
         if on_gpu:
             torch.accelerator.synchronize()
-        return weights, moments
+        return dict(self.images)
 
-    def _copy(self, piece: Piece) -> Tensor:
-        key = entry_key(piece.key, piece.start)
-        buffer = self.buffers.get(key)
-        if buffer is None:
-            pinned = piece.values.device.type == "cuda"
-            buffer = torch.empty(piece.values.numel(), dtype=piece.values.dtype, pin_memory=pinned)
-            self.buffers[key] = buffer
-        return buffer.copy_(piece.values.reshape(-1), non_blocking=True)
+    def _image(self, kind: str, layout: Layout, *, pinned: bool) -> ShardImage:
+        """The image of the save before, if nothing but the values changed."""
+        image = self.images.get(kind)
+        if image is None or image.layout != tuple(layout):
+            self.images[kind] = image = ShardImage(layout, pinned=pinned)
+        return image
 
 
 def owned_pieces(pieces: list[Piece], rank: int, world_size: int) -> Iterator[Piece]:

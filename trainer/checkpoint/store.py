@@ -87,8 +87,8 @@ def check_files(folder: Path, manifest: Manifest, share: tuple[int, int]) -> Non
         size = (folder / name).stat().st_size
         if size != entry.size:
             raise CheckpointError(f"{folder / name} has {size:,} bytes, not the {entry.size:,} that were written")
-        if position % of == mine and hash_file(folder / name).sha256 != entry.sha256:
-            raise CheckpointError(f"{folder / name} was changed after it was written: its SHA-256 differs")
+        if position % of == mine and hash_file(folder / name).blake3 != entry.blake3:
+            raise CheckpointError(f"{folder / name} was changed after it was written: its BLAKE3 differs")
 
 
 def start_folder(root: Path, step: int, nonce: str) -> Path:
