@@ -87,10 +87,11 @@ def test_the_bare_launch_line_leaves_a_whole_run(
     launched: tuple[Path, subprocess.CompletedProcess[str]], fresh_machine: tuple[Path, dict[str, str]]
 ) -> None:
     run, done = launched
-    assert {path.name for path in run.parent.iterdir()} == {run.name}
+    assert {path.name for path in run.parent.iterdir()} == {run.name, f".{run.name}.lock"}
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "curves.png", "confusion.png", "summary.md", "model")
-    }  # fmt: skip
+        *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "curves.png", "confusion.png", "summary.md"),
+        *("model", "checkpoints", "outcome.json"),
+    }
     assert all(path.stat().st_size > 0 for path in run.rglob("*"))
     for picture in ("curves.png", "confusion.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
