@@ -60,6 +60,9 @@ def inspect(path: Where) -> None:
     Example: samestep checkpoint inspect runs/lora_sst2
     """
     folder = checkpoints_at(path)[0]
+    damage = describe_damage(folder)
+    if damage is not None:
+        raise CheckpointError(damage)
     manifest, state = read_manifest(folder), read_json(folder / STATE)
     print(f"{folder}\nstep {manifest.step}, written by {topology(manifest)}, precision {manifest.precision}")
     for title, values in (("versions", manifest.versions), ("counters", state.get("counters", {}))):

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.stop", "trainer.faults", "trainer.progress"),
-    ("trainer.checkpoint.direct",),
+    ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.faults", "trainer.progress"),
+    ("trainer.checkpoint.direct", "trainer.stop"),
     ("trainer.checkpoint.manifest",),
     ("trainer.checkpoint.store", "trainer.checkpoint.state"),
     ("trainer.checkpoint.resume", "trainer.divergence"),

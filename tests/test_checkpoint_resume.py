@@ -52,8 +52,8 @@ def end(made: RunConfig, outcome: str) -> None:
 def test_every_setting_says_whether_it_may_change(tmp_path: Path) -> None:
     made = config(tmp_path)
     assert set(may_change(made)) == MAY_CHANGE
-    assert len(flat_values(made)) > 50
-    must_match = set(flat_values(made)) - MAY_CHANGE
+    assert len(flat_values(made.model_dump())) > 50
+    must_match = set(flat_values(made.model_dump())) - MAY_CHANGE
     assert {
         "data.source",
         "model.source",
@@ -83,7 +83,8 @@ def test_a_finished_run_is_finished_until_it_is_extended(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"train.num_epochs \(5.0\) was 3.0 .*train.extend=true"):
         decide_start(longer)
     start = decide_start(config(tmp_path / "run", num_epochs=5, extend=True))
-    assert (start.kind, start.words) == ("continue", "train.extend False -> True, train.num_epochs 3.0 -> 5.0")
+    assert start.kind == "continue"
+    assert start.words == "changed since the last start: train.extend False -> True, train.num_epochs 3.0 -> 5.0"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_harmless_setting_is_accepted_and_noted(tmp_path: Path) -> None:
     saved(config(tmp_path / "run"))
     start = decide_start(config(tmp_path / "run", log_every=5, micro_batch_size=4))
     assert start.kind == "continue"
-    assert start.words == "train.log_every 10 -> 5, train.micro_batch_size none -> 4"
+    assert start.words == "changed since the last start: train.log_every 10 -> 5, train.micro_batch_size none -> 4"
 
 
 def test_never_and_probes_start_fresh_whatever_is_there(tmp_path: Path) -> None:
@@ -128,9 +129,12 @@ def test_never_and_probes_start_fresh_whatever_is_there(tmp_path: Path) -> None:
 def test_a_path_starts_another_run_from_a_checkpoint(tmp_path: Path) -> None:
     first = config(tmp_path / "first")
     older, newer = saved(first, 10), saved(first, 20)
-    assert decide_start(config(tmp_path / "second", resume=str(older))).checkpoints == (older,)
+    start = decide_start(config(tmp_path / "second", resume=str(older)))
+    assert (start.kind, start.checkpoints, start.is_named) == ("fresh", (older,), True)
     assert decide_start(config(tmp_path / "second", resume=str(first.folder))).checkpoints == (newer,)
-    assert decide_start(config(tmp_path / "first", resume=str(older))).checkpoints == (older,)
+    assert decide_start(config(tmp_path / "first", resume=str(newer))).checkpoints == (newer, older)
+    with pytest.raises(ConfigError, match="set name=NEW to branch off from it"):
+        decide_start(config(tmp_path / "first", resume=str(older)))
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
         decide_start(config(tmp_path / "second", resume=str(tmp_path / "nothing")))
 

@@ -45,6 +45,7 @@ def test_a_checkpoint_appears_under_its_name_once_it_is_whole(tmp_path: Path) ->
     folder, text = write(tmp_path, 100)
     assert store.list_checkpoints(tmp_path) == []
     target = store.publish(folder, tmp_path, text, 100)
+    store.point_latest(tmp_path, 100)
     assert target.name == "step-00000100"
     assert store.describe_damage(target) is None
     assert (tmp_path / store.LATEST).read_text() == "step-00000100\n"
@@ -85,7 +86,7 @@ def test_leftovers_of_killed_saves_and_prunings_are_removed(tmp_path: Path) -> N
     write(tmp_path, 2, nonce="killed")
     (tmp_path / ".trash-step-00000000-x").mkdir()
     assert store.remove_leftovers(tmp_path) == [".tmp-step-00000002-killed", ".trash-step-00000000-x"]
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001"]
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001"]
 
 
 class Killed(BaseException):

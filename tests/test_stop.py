@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config import RunConfig
 from trainer.stop import SIGNALS, STOP_FILE, StopRequest
+
+
+def config(folder: Path) -> RunConfig:
+    return RunConfig(name="stop", run_dir=folder)
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def requests(tmp_path: Path) -> Iterator[list[StopRequest]]:
 def test_a_signal_asks_any_rank_to_stop(
     number: signal.Signals, is_main: bool, tmp_path: Path, requests: list[StopRequest]
 ) -> None:
-    request = StopRequest(tmp_path, is_main=is_main)
+    request = StopRequest(config(tmp_path), is_main=is_main)
     requests.append(request)
     assert not request.seen()
     os.kill(os.getpid(), number)
@@ -39,7 +44,7 @@ def test_signals_are_the_ones_that_schedulers_and_people_send() -> None:
 
 
 def test_only_the_main_rank_looks_for_the_stop_file(tmp_path: Path, requests: list[StopRequest]) -> None:
-    main, other = StopRequest(tmp_path, is_main=True), StopRequest(tmp_path, is_main=False)
+    main, other = StopRequest(config(tmp_path), is_main=True), StopRequest(config(tmp_path), is_main=False)
     requests += [main, other]
     assert not main.seen()
     (tmp_path / STOP_FILE).touch()
@@ -48,7 +53,7 @@ def test_only_the_main_rank_looks_for_the_stop_file(tmp_path: Path, requests: li
 
 
 def test_a_folder_that_is_gone_asks_for_nothing(tmp_path: Path, requests: list[StopRequest]) -> None:
-    request = StopRequest(tmp_path / "gone", is_main=True)
+    request = StopRequest(config(tmp_path / "gone"), is_main=True)
     requests.append(request)
     assert not request.seen()
 
@@ -58,7 +63,7 @@ def test_close_gives_the_signals_back_and_consumes_the_file(tmp_path: Path) -> N
 
     before = {number: signal.signal(number, mine) for number in SIGNALS}
     try:
-        request = StopRequest(tmp_path, is_main=True)
+        request = StopRequest(config(tmp_path), is_main=True)
         assert all(signal.getsignal(number) != mine for number in SIGNALS)
         (tmp_path / STOP_FILE).touch()
         request.close()
@@ -73,5 +78,5 @@ def test_close_gives_the_signals_back_and_consumes_the_file(tmp_path: Path) -> N
 
 def test_another_rank_leaves_the_file_to_the_main_one(tmp_path: Path) -> None:
     (tmp_path / STOP_FILE).touch()
-    StopRequest(tmp_path, is_main=False).close()
+    StopRequest(config(tmp_path), is_main=False).close()
     assert (tmp_path / STOP_FILE).exists()

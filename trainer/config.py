@@ -189,7 +189,7 @@ class TrainConfig(Section):
     save_every: Annotated[PositiveInt | None, MayChange] = None
     """Steps between checkpoints. None: with every evaluation. The last step is always saved."""
     keep_last: Annotated[int, Field(ge=2), MayChange] = 2
-    """Newest checkpoints to keep; the best one, and any with a file NAME.keep beside it, are kept too."""
+    """Newest checkpoints to keep. That of the best step, where it was saved, and any with a file NAME.keep beside it are kept too."""
     resume: Annotated[str, MayChange] = "auto"
     """`auto`: continue where the run directory's newest good checkpoint ends; `never`: start anew, the earlier run is moved aside;
     or the path of a checkpoint or run directory to start from."""

@@ -73,9 +73,12 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Continue after `step`: metrics of later steps, which come again, are dropped."""
         self.start_step = step
+        self.history.clear()
         self.history.append((time.monotonic(), step))
         if self.is_main:
             self.screen.start_step = step
+            self._close_events()
+            self.events = None  # a new writer hides what comes after `step`
             self.metrics.keep(lambda line: step_of_line(line) <= step)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from trainer.config import RunConfig, TrainConfig
 from trainer.data.batches import IGNORED, GlobalBatches, micro_batches
 from trainer.data.classify import ClassificationSet, Split
 from trainer.divergence import judge_step
+from trainer.errors import DivergedError
 from trainer.evaluate import evaluate_logits
 from trainer.faults import fault_point
 from trainer.loss import classification_loss_sum, count_correct
@@ -66,6 +67,7 @@ class Trainer:
             return
         with ExitStack() as opened:
             self.begin(opened)
+            opened.push(self.note_failure)
             while not self.is_over():
                 self.train_step()
                 if self.is_due(self.config.train.log_every):
@@ -76,21 +78,25 @@ class Trainer:
                     self.save()
             self.finish()
 
+    def note_failure(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Called when training ends: a run that diverged, which it does on all ranks, says so in its folder."""
+        if kind is not None and issubclass(kind, DivergedError):
+            self.output.failed(self.progress)
+
     def begin(self, opened: ExitStack) -> None:
         """Open the run directory, anew or where its newest good checkpoint ends. Collective; `opened` closes everything."""
         seed_generators(hash_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
         self.engine.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
-        opened.callback(self.checkpoints.close)
         start = agree_on_start(self.config)
         self.output = RunOutput(self.config, self.engine, self.data, self.num_steps, is_fresh=start.kind == "fresh")
         opened.callback(self.output.close)
-        limit_s = 60 * (self.config.train.time_limit_minutes or math.inf)
-        self.stop = StopRequest(self.config.folder, is_main=self.accelerator.is_main_process, time_limit_s=limit_s)
+        self.stop = StopRequest(self.config, is_main=self.rank == 0)
         opened.callback(self.stop.close)
         self.checkpoints.say = self.output.log.say
         opened.enter_context(Watchdog(self.config, self.engine))
+        opened.callback(self.checkpoints.close)
         self.checkpoints.clean()
-        if start.kind == "continue":
+        if start.checkpoints:
             self.restore(start)
 
     def restore(self, start: Start) -> None:
@@ -99,7 +105,7 @@ class Trainer:
             self.compute_gradients()
             self.engine.discard()
         self.progress = self.checkpoints.restore(start)
-        self.output.continue_from(self.progress.step, start.words)
+        self.output.continue_from(self.progress, start.words)
 
     def save(self) -> None:
         """Checkpoint the state after this step; returns once it is copied. Collective."""
@@ -108,10 +114,7 @@ class Trainer:
         self.checkpoints.save(progress, self.output.small_files(), metric=metric)
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps happens after the step just taken; always after the last.
-
-        Not where a rollback returned to: there it has happened before.
-        """
+        """Whether something that happens every so many steps happens now: always after the last, not where a rollback returned to."""
         if self.progress.step == self.returned_to:
             return False
         return self.progress.step % every == 0 or self.progress.step >= self.num_steps
@@ -177,7 +180,7 @@ class Trainer:
         bad, problem = self.progress, f"step {self.progress.step + 1}: gradient norm {self.progress.grad_norm:.3g}"
         self.progress = self.checkpoints.roll_back(bad)
         self.returned_to = self.progress.step
-        self.output.continue_from(self.progress.step, "")
+        self.output.continue_from(self.progress, "")
         self.output.log.say(f"{problem}; rolled back to step {self.progress.step}, and that step is left out from here")
 
     def lr_of_step(self, step: int) -> float:
@@ -250,7 +253,7 @@ class Trainer:
         self.metric = metrics[name]
         if is_best:
             progress.best_metric, progress.best_step = metrics[name], progress.step
-            self.output.export()
+            self.output.export(progress.step)
         self.output.eval_metrics(progress.step, metrics, is_best=is_best)
 
     def finish(self) -> None:

@@ -22,11 +22,13 @@ from trainer.config import RunConfig
 from trainer.data.classify import ClassificationSet, Split
 from trainer.errors import SamestepError
 from trainer.evaluate import evaluate_logits
+from trainer.faults import fault_point
 from trainer.log import RunLog, lock_run_folder, start_run_folder, write_summary
 from trainer.metrics import classification_metrics, confusion
 from trainer.model.export import adapter_settings, export_model, is_adapter, load_exported
 from trainer.plots import plot_confusion, plot_curves
 from trainer.resolve import config_to_yaml
+from trainer.run_folder import INFO_FILE
 
 if TYPE_CHECKING:
     from trainer.progress import Progress
@@ -57,6 +59,8 @@ class RunOutput:
                     write()
                 except SamestepError as error:
                     failure = error
+                except OSError as error:
+                    failure = SamestepError(f"{error.filename or self.folder} cannot be written: {error.strerror}")
             num_failures = self.engine.sum_over_ranks([float(failure is not None)])[0]
         if num_failures:
             raise failure or SamestepError("rank 0 could not write to the run directory; see its message")
@@ -82,11 +86,26 @@ class RunOutput:
             words += f"; OMP_NUM_THREADS={cores // engine.world_size} would use them all"
         return words
 
-    def continue_from(self, step: int, changed: str) -> None:
-        """Drop what was logged after `step`, which comes again, and say what differs from the earlier start."""
-        self.log.rewind(step)
-        if changed:
-            self.log.say(f"changed since the last start: {changed}")
+    def continue_from(self, progress: "Progress", words: str) -> None:
+        """Drop what was logged after the restored step, which comes again, and say what differs from the earlier start. Collective.
+
+        Where the exported model is not the best one that `progress` knows of, or missing, the next evaluation is the best.
+        """
+        self.log.rewind(progress.step)
+        if words:
+            self.log.say(words)
+        step = self.exported_step() if self.is_main else None
+        differs = self.is_main and progress.best_metric is not None and step != progress.best_step
+        if self.engine.sum_over_ranks([float(differs)])[0]:
+            self.log.say(
+                f"the exported model is not that of step {progress.best_step}: the best is looked for anew from here"
+            )
+            progress.best_metric = None
+
+    def failed(self, progress: "Progress") -> None:
+        """Note that training could not go on."""
+        if self.is_main:
+            self.write_outcome("failed", progress)
 
     def small_files(self) -> dict[str, bytes]:
         """What a checkpoint needs to become a Hugging Face model again: config.json, and for an adapter its adapter_config.json."""
@@ -117,7 +136,6 @@ class RunOutput:
         self.log.close()
         if self.lock is not None:
             self.lock.release()
-            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     @property
     def model_folder(self) -> Path:
@@ -136,26 +154,35 @@ class RunOutput:
         words = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "accuracy", "f1"))
         self.log.say(f"step {step}: validation {words}" + ("  (best so far, exported)" if is_best else ""))
 
-    def export(self) -> None:
+    def export(self, step: int) -> None:
         """Write the present weights as a model or adapter that opens without samestep; replaces the earlier one whole. Collective."""
         adapter = self.config.method.name == "lora"
         state: dict[str, Tensor] = {}
         for name, tensor in self.engine.weights(trainable_only=adapter):
             if self.is_main:
                 state[name] = tensor.detach().cpu().clone()
-        self.on_rank_0(lambda: self.replace_model(state))
+        self.on_rank_0(lambda: self.replace_model(state, step))
 
-    def replace_model(self, state: Mapping[str, Tensor]) -> None:
+    def replace_model(self, state: Mapping[str, Tensor], step: int) -> None:
         """Rank 0: write the model beside the old one, then change places."""
         fresh, old = self.folder / ".model-new", self.folder / ".model-old"
         shutil.rmtree(fresh, ignore_errors=True)
-        export_model(self.engine.module, state, self.data.tokenizer, fresh, self.describe_model())
+        export_model(self.engine.module, state, self.data.tokenizer, fresh, self.describe_model(step))
         if self.model_folder.exists():
+            shutil.rmtree(old, ignore_errors=True)  # left by a kill in its removal
             self.model_folder.rename(old)
+        fault_point("export", 0)
         fresh.rename(self.model_folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def describe_model(self) -> dict[str, object]:
+    def exported_step(self) -> int | None:
+        """The step whose weights lie in the model folder; None without any. Rank 0."""
+        try:
+            return int(json.loads((self.model_folder / INFO_FILE).read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def describe_model(self, step: int) -> dict[str, object]:
         """model/samestep.json: what prediction needs to know."""
         return {
             "task": self.config.model.task,
@@ -163,6 +190,7 @@ class RunOutput:
             "base": self.config.model.source,
             "label_names": list(self.data.label_names),
             "max_length": self.config.data.max_length,
+            "step": step,
         }
 
     def report(self, progress: "Progress") -> None:

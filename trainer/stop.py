@@ -6,8 +6,9 @@ Nothing is saved inside a signal handler, and no rank acts on its own flag: rank
 import math
 import signal
 import time
-from pathlib import Path
 from types import FrameType
+
+from trainer.config import RunConfig
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -16,10 +17,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """True once this rank received TERM or USR1, its time is up, or a file named STOP lies in the run directory (read by rank 0)."""
 
-    def __init__(self, folder: Path, *, is_main: bool, time_limit_s: float = math.inf) -> None:
-        """time_limit_s: seconds from now."""
-        self._deadline = time.monotonic() + time_limit_s
-        self._file = folder / STOP_FILE if is_main else None
+    def __init__(self, config: RunConfig, *, is_main: bool) -> None:
+        """The time limit counts from here."""
+        self._deadline = time.monotonic() + 60 * (config.train.time_limit_minutes or math.inf)
+        self._file = config.folder / STOP_FILE if is_main else None
         self._signalled = False
         self._previous = {number: signal.signal(number, self._notice) for number in SIGNALS}
 

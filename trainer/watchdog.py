@@ -96,8 +96,10 @@ class Watchdog:
             for rank in (guilty if not silent else [])
         ]
         if self.rank in guilty:
-            frame = sys._current_frames().get(self.main_thread)
-            stack = "".join(traceback.format_stack(frame)[-12:]) if frame is not None else ""
-            lines.append(f"rank {self.rank} is at (most recent call last):\n{stack.rstrip()}")
+            writers = [thread.ident for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+            for name, thread in (("is", self.main_thread), *(("writes a checkpoint", writer) for writer in writers)):
+                frame = sys._current_frames().get(thread or 0)
+                stack = "".join(traceback.format_stack(frame)[-12:]) if frame is not None else ""
+                lines.append(f"rank {self.rank} {name} at (most recent call last):\n{stack.rstrip()}")
         lines.append("the job ends now; the same command goes on from the newest checkpoint")
         return "\n".join(lines)

@@ -166,9 +166,8 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_an_explicit_path_to_it_r
     content[-1] ^= 1
     shard.write_bytes(content)
     explicit = config.model_copy(update={"train": config.train.model_copy(update={"resume": str(folder)})})
-    refused = start(explicit, "ddp", 2)
-    assert refused is not None
-    for facts in refused:
+    explicit = explicit.model_copy(update={"run_dir": tmp_path / "branch"})
+    for facts in refused(explicit):
         assert "names a damaged checkpoint" in facts["error"]
         assert "BLAKE3 differs" in facts["error"]
     assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=older)
@@ -190,12 +189,19 @@ def test_another_base_or_other_data_is_refused(root: Path, tmp_path: Path) -> No
     )
     assert start(config, "ddp", 2, fault="step@0:4") is None
     tiny_sentences(moved["data"], rows=160, seed=1)
-    for facts in start(config, "ddp", 2) or []:
+    for facts in refused(config):
         assert "was trained on other data than data.source" in facts["error"]
     tiny_sentences(moved["data"], rows=160)
     change_weights(moved["model"])
-    for facts in start(config, "ddp", 2) or []:
+    for facts in refused(config):
         assert "was trained on another base model than model.source" in facts["error"]
+
+
+def refused(config: Any) -> list[dict[str, Any]]:
+    seen = start(config, "ddp", 2)
+    assert seen is not None
+    assert len(seen) == 2
+    return seen
 
 
 def change_weights(model: Path) -> None:

@@ -62,6 +62,8 @@ def agree_on_start(config: RunConfig) -> Start:
             start = [decide_start(config)]
         except SamestepError as error:
             start = [error]
+        except OSError as error:
+            start = [ConfigError(f"run_dir ({config.folder}) cannot be read: {error.strerror or error}")]
     if PartialState().num_processes > 1:
         broadcast_object_list(start)
     found = start[0]

@@ -5,18 +5,28 @@ from contextlib import contextmanager
 
 
 class Heartbeat:
-    """Written by the main thread, read by another."""
+    """Written by the main thread and the one that writes checkpoints, read by a third."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._main = 0
+        self._background = 0
         self.phase = "start"
         self.patience = 1.0
         """How many times the usual time the present phase may take."""
 
     def beat(self, phase: str) -> None:
-        """Say what comes next."""
+        """Say what comes next. Main thread only."""
         self.phase = phase
-        self.count += 1
+        self._main += 1
+
+    def beat_in_background(self) -> None:
+        """A sign of life of the thread that writes checkpoints, for whose end the main thread may wait."""
+        self._background += 1
+
+    @property
+    def count(self) -> int:
+        """Signs of life so far."""
+        return self._main + self._background
 
     @contextmanager
     def long(self, phase: str) -> Iterator[None]:

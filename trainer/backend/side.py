@@ -3,9 +3,12 @@
 Checkpoints are agreed on here while training's own collectives run, and on GPUs no stream has to wait. Made at start-up by all ranks.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from trainer.errors import CheckpointError, SamestepError
 
 T = TypeVar("T")
 
@@ -25,6 +28,21 @@ class SideGroup:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def on_rank_0(self, act: Callable[[], T]) -> T:
+        """What rank 0's `act` returned, on every rank; an error of the user's or of the disk is raised on every rank."""
+        found: tuple[Any, Exception | None] = (None, None)
+        if self.rank == 0:
+            try:
+                found = (act(), None)
+            except (SamestepError, OSError) as error:
+                found = (None, error)
+        value, failure = self.broadcast(found)
+        if isinstance(failure, OSError):
+            raise CheckpointError(f"{failure.filename}: {(failure.strerror or str(failure)).lower()}")
+        if failure is not None:
+            raise failure
+        return value
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""

@@ -81,6 +81,10 @@ class ZeroEngine(Engine):
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
+    def restore_loss_scale(self, scale: float, good_steps: int) -> None:
+        super().restore_loss_scale(scale, good_steps)
+        self._tell_loss_scale()
+
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return self.model.optimizer.optimizer

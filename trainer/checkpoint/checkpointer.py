@@ -44,7 +44,14 @@ class Checkpointer:
         self.root = config.folder / store.CHECKPOINTS
         self.side = SideGroup(engine.rank, engine.world_size)
         nonce = self.side.broadcast(secrets.token_hex(4))
-        self.saver = Saver(self.root, self.side, nonce=nonce, keep_last=config.train.keep_last, say=say)
+        self.saver = Saver(
+            self.root,
+            self.side,
+            nonce=nonce,
+            keep_last=config.train.keep_last,
+            say=lambda line: self.say(line),
+            watch=engine.heartbeat.beat_in_background,
+        )
         self.snapshots = Snapshots()
         self.saved_step = -1
 
@@ -96,8 +103,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Until the last save is published; raises CheckpointError on all ranks if it failed."""
-        with self.engine.heartbeat.long("waiting for a checkpoint to be written"):
-            self.saver.wait()
+        self.engine.heartbeat.beat("waiting for a checkpoint to be written")
+        self.saver.wait()
 
     def close(self) -> None:
         """End the background thread."""
@@ -107,10 +114,12 @@ class Checkpointer:
 
     def clean(self) -> None:
         """Make the folder of checkpoints, and delete what killed saves left. Rank 0 does it, before any save."""
-        if self.engine.rank == 0:
+
+        def act() -> None:
             self.root.mkdir(parents=True, exist_ok=True)
             store.remove_leftovers(self.root)
-        self.side.broadcast(None)
+
+        self.side.on_rank_0(act)
 
     def restore(self, start: Start) -> Progress:
         """Load the newest good checkpoint of `start`, the newest first.
@@ -118,7 +127,6 @@ class Checkpointer:
         A damaged one is passed over, and said so; one that `train.resume` names is refused. CheckpointError, on all ranks, where
         none is good.
         """
-        explicit = self.config.train.resume != "auto"
         for folder in start.checkpoints:
             with self.engine.heartbeat.long(f"restoring {folder}"):
                 damage = self.find_damage(folder)
@@ -127,7 +135,7 @@ class Checkpointer:
                 self.say(f"continuing from {folder}")
                 self.set_aside_later_than(progress.step)
                 return progress
-            if explicit:
+            if start.is_named:
                 raise CheckpointError(f"train.resume names a damaged checkpoint: {damage}")
             self.say(f"checkpoint passed over: {damage}")
         raise CheckpointError(
@@ -137,31 +145,33 @@ class Checkpointer:
     def roll_back(self, bad: Progress) -> Progress:
         """The newest good checkpoint of this run, with the step of `bad` left out from there. Remembered across restarts."""
         self.wait()
-        own = tuple(self.side.broadcast(store.list_checkpoints(self.root)))
+        own = tuple(self.side.on_rank_0(lambda: store.list_checkpoints(self.root)))
         if not own:
             raise DivergedError(
                 f"step {bad.step + 1} asks for a rollback, but there is no checkpoint yet; lower optim.peak_lr"
             )
         progress = self.restore(Start("continue", own))
         progress.num_rollbacks, progress.left_out_steps = bad.num_rollbacks + 1, [*bad.left_out_steps, bad.step]
-        if self.engine.rank == 0:
-            store.write_rollbacks(self.root, progress.num_rollbacks, progress.left_out_steps)
+        number, left_out = progress.num_rollbacks, progress.left_out_steps
+        self.side.on_rank_0(lambda: store.write_rollbacks(self.root, number, left_out))
         return progress
 
     def remember_rollbacks(self, progress: Progress) -> None:
         """Rollbacks that came after the checkpoint was written, and after which the run was killed."""
-        found = self.side.broadcast(store.read_rollbacks(self.root))
+        found = self.side.on_rank_0(lambda: store.read_rollbacks(self.root))
         if found is not None and found[0] > progress.num_rollbacks:
             progress.num_rollbacks, progress.left_out_steps = found
 
     def set_aside_later_than(self, step: int) -> None:
         """Rename checkpoints of later steps, which were damaged or are trained again; they are kept, and no longer listed. Collective."""
-        if self.engine.rank == 0:
+
+        def act() -> None:
             for folder in store.list_checkpoints(self.root):
                 if store.step_of(folder) > step:
-                    aside = store.set_aside(folder, self.saver.nonce)
+                    aside = store.set_aside(folder)
                     self.say(f"{folder.name} is set aside as {aside.name}")
-        self.side.broadcast(None)
+
+        self.side.on_rank_0(act)
 
     def find_damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, on every rank alike; each rank hashes its share of the files."""
@@ -185,10 +195,14 @@ class Checkpointer:
         self.load_tensors(folder, manifest)
         engine = self.engine
         engine.state_was_written(state.optimizer_steps)
-        engine.loss_scale, engine.good_steps = state.loss_scale, state.good_steps
+        engine.restore_loss_scale(state.loss_scale, state.good_steps)
+        if manifest.precision != engine.precision:
+            self.say(
+                f"precision changed since the checkpoint: {manifest.precision} -> {engine.precision}; weights are exact"
+            )
         self.restore_own(folder, manifest, progress)
         self.remember_rollbacks(progress)
-        self.saved_step = progress.step if folder.parent == self.root else -1
+        self.saved_step = progress.step if folder.resolve().parent == self.root.resolve() else -1
         return progress
 
     def raise_together(self, problem: str | None) -> None:
@@ -230,13 +244,14 @@ class Checkpointer:
     def restore_own(self, folder: Path, manifest: Manifest, progress: Progress) -> None:
         """Random numbers and open sums of this rank: exactly under the topology that saved them, else from (seed, step, rank)."""
         engine = self.engine
-        windows = []
+        windows, own = [], dict[str, Tensor]()
         for rank in range(manifest.world_size):
             reader = ShardReader(folder, [shard_name("rank", rank, manifest.world_size)])
             windows.append(reader.whole("window").tolist())
             if rank == engine.rank:
                 own = {key: reader.whole(key) for key in reader.ranges if key.startswith("rng/")}
-        if (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size):
+        same = (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size)
+        if all(self.side.all_gather(same and own.keys() == read_generators().keys())):  # not from GPU to CPU
             progress.window = Window.from_numbers(windows[engine.rank])
             write_generators(own)
             return

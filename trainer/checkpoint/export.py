@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainer.checkpoint.checkpointer import read_state
+from trainer.checkpoint.identity import base_identity
 from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.shards import ShardReader
 from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoints, newest_good
@@ -76,7 +77,7 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
             if "adapter_config.json" not in manifest.files:
                 tensors = dict(model.named_parameters()) | tensors
             export_model(model, tensors, tokenizer, target, info)
-            check_loaded(target, reader, shapes, config)
+            check_loaded(target, reader, shapes, config, state.identity.get("base"))
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -154,10 +155,18 @@ def check_written(target: Path, reader: ShardReader, shapes: Mapping[str, list[i
             raise CheckpointError(f"{target}: {name} did not come back equal from the exported files; export again")
 
 
-def check_loaded(target: Path, reader: ShardReader, shapes: Mapping[str, list[int]], config: RunConfig) -> None:
+def check_loaded(
+    target: Path, reader: ShardReader, shapes: Mapping[str, list[int]], config: RunConfig, identity: str | None
+) -> None:
     """Open base and adapter as their user will. CheckpointError unless every trained tensor is there and equal."""
     model = load_exported(target, trust_remote_code=config.model.trust_remote_code)[0]
     loaded = dict(model.named_parameters())
+    for name, parameter in loaded.items():
+        parameter.requires_grad_(name in shapes)
+    if base_identity(model) != identity:
+        raise CheckpointError(
+            f"model.source ({config.model.source}) is not the base that this checkpoint was trained on; put that one there"
+        )
     for name, tensor in read_weights(reader, shapes):
         if name not in loaded or tensor.numel() == 0 or not torch.equal(loaded[name], tensor):
             raise CheckpointError(f"{target}: {name} did not come back equal from the exported files; export again")

@@ -17,7 +17,7 @@ def base_identity(model: nn.Module) -> str | None:
     """Digest of the frozen parameters by name, shape, type and sample; None where nothing is frozen. Before the backend wraps them."""
     digest, num_frozen = hashlib.sha256(), 0
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and ".original_module." not in name:  # PEFT's unused copy of a new head
             num_frozen += 1
             flat = parameter.detach().reshape(-1)
             sample = flat[:: max(flat.numel() // SAMPLED, 1)][:SAMPLED].contiguous().cpu()

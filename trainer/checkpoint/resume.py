@@ -4,16 +4,13 @@ One process decides and tells the others. A setting that would change what is tr
 (`may_change`, marked in config.py) may differ from start to start.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
-
 from trainer.checkpoint.manifest import MANIFEST, STATE, read_json
-from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints, step_of
+from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
 from trainer.config import RunConfig, may_change
 from trainer.errors import CheckpointError, ConfigError
 
@@ -27,8 +24,11 @@ class Start:
     """What a run does first."""
 
     kind: Literal["fresh", "continue", "finished"]
+    """fresh: in an empty run directory, an earlier one is moved aside."""
     checkpoints: tuple[Path, ...] = ()
-    """To continue from: the newest first. More than one: a damaged one is passed over."""
+    """To start from: the newest first. More than one: a damaged one is passed over."""
+    is_named: bool = False
+    """train.resume names the checkpoint: it is that one or none."""
     words: str = ""
     """For the log."""
 
@@ -38,28 +38,39 @@ def decide_start(config: RunConfig) -> Start:
     if config.probe is not None or config.train.resume == "never":
         return Start("fresh")
     own = tuple(list_checkpoints(config.folder / CHECKPOINTS))
-    if config.train.resume != "auto":
-        return start_from_path(config, Path(config.train.resume), own)
     outcome = read_outcome(config.folder)
+    if not own and outcome is None and config.train.resume != "auto":
+        return start_from_path(config, Path(config.train.resume))
     if not own and outcome is None:
         return Start("fresh")
-    changed = check_settings(config, own)
+    words = check_settings(config, own)
     if outcome == "finished" and not config.train.extend:
         return Start("finished", words=finished_words(config))
     if not own:
         return Start("fresh")
-    return Start("continue", own, words=changed)
+    return Start("continue", own, words="; ".join(filter(None, [words, words_on_path(config, own)])))
 
 
-def start_from_path(config: RunConfig, path: Path, own: tuple[Path, ...]) -> Start:
-    """train.resume=PATH: a checkpoint or a run directory. Only a run that has no checkpoint yet begins there."""
+def start_from_path(config: RunConfig, path: Path) -> Start:
+    """train.resume=PATH: a checkpoint or a run directory, from which a run without checkpoints of its own begins."""
     given = (path,) if (path / MANIFEST).is_file() else tuple(list_checkpoints(path / CHECKPOINTS))[:1]
     if not given:
         raise CheckpointError(f"train.resume ({path}) is neither a checkpoint nor a run directory with one")
-    if own and given[0].resolve() not in [folder.resolve() for folder in own]:
-        words = f"train.resume is left aside: {config.folder} has checkpoints of its own"
-        return Start("continue", own, words="; ".join(filter(None, [words, check_settings(config, own)])))
-    return Start("continue", given, words=check_settings(config, given))
+    return Start("fresh", given, is_named=True, words=check_settings(config, given))
+
+
+def words_on_path(config: RunConfig, own: tuple[Path, ...]) -> str:
+    """What becomes of train.resume=PATH in a run that has checkpoints. ConfigError for an older one of them."""
+    if config.train.resume == "auto":
+        return ""
+    path = Path(config.train.resume).resolve()
+    if path in [folder.resolve() for folder in own[1:]]:
+        raise ConfigError(
+            f"train.resume ({config.train.resume}) is an earlier checkpoint of this very run, which would train the later steps "
+            "again at every start; set name=NEW to branch off from it"
+        )
+    is_newest = path in (own[0].resolve(), config.folder.resolve())
+    return "" if is_newest else f"train.resume is left aside: {config.folder} has checkpoints of its own"
 
 
 def read_outcome(folder: Path) -> str | None:
@@ -79,21 +90,30 @@ def finished_words(config: RunConfig) -> str:
 
 
 def check_settings(config: RunConfig, checkpoints: tuple[Path, ...]) -> str:
-    """What differs harmlessly from the newest readable checkpoint, in words. ConfigError for a difference that is not."""
-    stored = next((found for found in map(stored_config, checkpoints) if found is not None), None)
-    if stored is None:
+    """What differs harmlessly from the newest readable checkpoint, in words. ConfigError for a difference that is not.
+
+    Settings that only one side knows come from another version of samestep; they are named, not refused.
+    """
+    found = next(((folder, stored) for folder in checkpoints if (stored := stored_settings(folder)) is not None), None)
+    if found is None:
         return ""
-    before, now = flat_values(stored), flat_values(config)
-    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    folder, before = found
+    now = flat_values(config.model_dump(mode="json"))
+    changed = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
     movable = set(may_change(config)) | (set(LENGTH) if config.train.extend else set())
+    switched = any(name.endswith(".name") and name != "name" for name in changed)  # another method has other settings
     refused = [name for name in changed if name not in movable]
     if refused:
-        raise ConfigError(*refusals(config, refused, before, now))
-    return ", ".join(f"{name} {shown(before.get(name))} -> {shown(now.get(name))}" for name in changed)
+        raise ConfigError(*refusals(config, folder, refused, before, now))
+    words = [f"{name} {shown(before[name])} -> {shown(now[name])}" for name in changed]
+    words += [] if switched else [f"{name} is of another version" for name in sorted(before.keys() ^ now.keys())]
+    return "changed since the last start: " + ", ".join(words) if words else ""
 
 
-def refusals(config: RunConfig, names: list[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """One message a changed setting, the last with the ways out."""
+def refusals(
+    config: RunConfig, folder: Path, names: list[str], before: dict[str, Any], now: dict[str, Any]
+) -> Iterator[str]:
+    """One message a changed setting, with the ways out."""
     ways = (
         f"name=NEW to start another run, or train.resume=never to start this one anew ({config.folder} is moved aside)"
     )
@@ -101,36 +121,27 @@ def refusals(config: RunConfig, names: list[str], before: dict[str, Any], now: d
         ways += ", or train.extend=true to go on with the new length (the schedule follows it)"
     for name in names:
         yield (
-            f"{name} ({shown(now.get(name))}) was {shown(before.get(name))} when {config.folder} was trained, and must stay so; "
+            f"{name} ({shown(now[name])}) was {shown(before[name])} when {folder} was saved, and must stay so; "
             f"set it back, or {ways}"
         )
 
 
-def stored_config(folder: Path) -> RunConfig | None:
-    """The settings in a checkpoint's state.json; None where they cannot be read."""
+def stored_settings(folder: Path) -> dict[str, Any] | None:
+    """Dotted name -> value of the settings in a checkpoint's state.json; None where it cannot be read."""
     try:
-        return RunConfig.model_validate_json(json.dumps(read_json(folder / STATE).get("config")))
-    except (CheckpointError, ValidationError):
+        return flat_values(read_json(folder / STATE)["config"])
+    except (CheckpointError, KeyError, AttributeError):
         return None
 
 
-def flat_values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+def flat_values(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value of every setting."""
     values: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            values |= flat_values(value, f"{prefix}{name}.")
-        else:
-            values[f"{prefix}{name}"] = value
+    for name, value in section.items():
+        values |= flat_values(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return values
 
 
 def shown(value: object) -> str:
     """A value as people write it."""
     return "none" if value is None else str(value)
-
-
-def newest_step(checkpoints: tuple[Path, ...]) -> int:
-    """The step of the first of them; 0 for none."""
-    return step_of(checkpoints[0]) if checkpoints else 0

@@ -48,10 +48,18 @@ class Saver:
     """Background writer of one rank. Every rank makes one and calls the same methods in the same order."""
 
     def __init__(
-        self, root: Path, side: SideGroup, *, nonce: str, keep_last: int, say: Callable[[str], None] = print
+        self,
+        root: Path,
+        side: SideGroup,
+        *,
+        nonce: str,
+        keep_last: int,
+        say: Callable[[str], None],
+        watch: Callable[[], None],
     ) -> None:
-        """root: folder of checkpoints; say: shows a line, rank 0 only."""
-        self.root, self.side, self.nonce, self.keep_last, self.say = root, side, nonce, keep_last, say
+        """root: folder of checkpoints; say: shows a line, rank 0 only; watch: called in the thread when it has got on."""
+        self.root, self.side, self.nonce, self.keep_last = root, side, nonce, keep_last
+        self.say, self.watch = say, watch
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[str | None] | None = None
         self.complaints: list[str] = []
@@ -78,8 +86,10 @@ class Saver:
             raise CheckpointError(error)
 
     def close(self) -> None:
-        """End the thread once it is done; errors were `wait`'s to raise."""
+        """End the thread once it is done. A failure that nobody waited for is said, not raised: another error is on its way."""
         self.pool.shutdown(wait=True)
+        if self.pending is not None and (error := self.pending.result()) is not None:
+            self.say(error)
 
     # In the thread
 
@@ -91,7 +101,10 @@ class Saver:
             f"rank {rank} could not write it: {report.error}" for rank, report in enumerate(reports) if report.error
         )
         if self.side.rank == 0:
-            error = self._finish(save, reports, error)
+            try:
+                error = self._finish(save, reports, error)
+            except Exception as failure:  # the other ranks wait for the outcome, whatever it is
+                error = f"{type(failure).__name__}: {failure}"
         error = self.side.broadcast(error)
         if not error:
             return None
@@ -104,7 +117,7 @@ class Saver:
             folder = store.start_folder(self.root, step, self.nonce)
             for kind, image in save.shards.items():
                 name = shard_name(kind, side.rank, side.world_size)
-                files[name] = image.write(folder / name)
+                files[name] = image.write(folder / name, self.watch)
                 fault_point(f"save.{kind}", side.rank)
             for name, content in save.files.items():
                 files[name] = write_synced(folder / name, content)
@@ -128,6 +141,12 @@ class Saver:
         except (OSError, CheckpointError) as failure:
             shutil.rmtree(folder, ignore_errors=True)
             return str(failure)
-        self.complaints += store.prune(self.root, keep_last=self.keep_last, best_step=save.best_step, nonce=self.nonce)
+        try:
+            store.point_latest(self.root, save.header.step)
+            self.complaints += store.prune(
+                self.root, keep_last=self.keep_last, best_step=save.best_step, nonce=self.nonce
+            )
+        except OSError as failure:  # the checkpoint is published: nothing here is a reason to stop
+            self.complaints.append(f"after the checkpoint of step {save.header.step}: {failure}")
         fault_point("save.pruned", 0)
         return ""

@@ -6,7 +6,7 @@ the overlaps. Invariant: the entries of a tensor tile it, without gap or overlap
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -69,11 +69,12 @@ class ShardImage:
             self.views[key] = self.bytes[place:end].view(dtype)
             place = end
 
-    def write(self, path: Path) -> FileEntry:
-        """Write to a new file, hashed on the way, on disk when this returns."""
+    def write(self, path: Path, watch: Callable[[], None] = lambda: None) -> FileEntry:
+        """Write to a new file, hashed on the way, on disk when this returns. watch: called after every chunk."""
         digest = blake3()
         for chunk in write_direct(path, memoryview(cast(Any, self.bytes.numpy())), self.size):
             digest.update(chunk)
+            watch()
         return FileEntry(size=self.size, blake3=digest.hexdigest())
 
 
@@ -120,7 +121,7 @@ class ShardReader:
         num_elements, end = math.prod(shape), 0
         for part in self.ranges.get(key, ()):
             if part.start != end:
-                break
+                raise CheckpointError(f"{key} is incomplete: elements from {end} on are missing or there twice")
             end += part.length
         if end != num_elements:
             raise CheckpointError(f"{key} is incomplete: elements from {end} on are missing or there twice")

@@ -1,4 +1,4 @@
-"""state.json: the scalars of a training state, checked when read. Imports no torch."""
+"""state.json: the scalars of a training state, checked when read."""
 
 from typing import Any
 

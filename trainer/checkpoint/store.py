@@ -112,23 +112,24 @@ def publish(folder: Path, root: Path, manifest_text: str, step: int) -> Path:
     folder.rename(target)
     sync_folder(root)
     fault_point("save.renamed", 0)
-    point_latest(root, target)
-    fault_point("save.pointer", 0)
     return target
 
 
-def point_latest(root: Path, target: Path) -> None:
+def point_latest(root: Path, step: int) -> None:
     """Let `latest` name a checkpoint, by one atomic replacement."""
     fresh = root / f".{LATEST}"
     fresh.unlink(missing_ok=True)
-    write_synced(fresh, f"{target.name}\n".encode())
+    write_synced(fresh, f"{step_name(step)}\n".encode())
     os.replace(fresh, root / LATEST)
     sync_folder(root)
+    fault_point("save.pointer", 0)
 
 
-def set_aside(folder: Path, nonce: str) -> Path:
+def set_aside(folder: Path) -> Path:
     """Rename a checkpoint that is in the way of a new one; it is kept, and no longer listed."""
-    aside = folder.with_name(f"{folder.name}.aside-{nonce}")
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.aside-{number}")).exists():
+        number += 1
     folder.rename(aside)
     return aside
 
@@ -180,11 +181,13 @@ def write_rollbacks(root: Path, number: int, left_out_steps: list[int]) -> None:
 
 def read_rollbacks(root: Path) -> tuple[int, list[int]] | None:
     """How many, and the steps that are left out since; None where there were none."""
-    try:
-        content = read_json(root / ROLLBACKS)
-        return int(content["number"]), [int(step) for step in content["left_out_steps"]]
-    except (CheckpointError, KeyError, TypeError, ValueError):
+    if not (root / ROLLBACKS).exists():
         return None
+    content = read_json(root / ROLLBACKS)
+    try:
+        return int(content["number"]), [int(step) for step in content["left_out_steps"]]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{root / ROLLBACKS} is damaged; delete it, and rollbacks are counted anew") from None
 
 
 def newest_good(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
