@@ -19,13 +19,17 @@ from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_json, re
 from trainer.checkpoint.randomness import read_generators, seed_generators, write_generators
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.saver import Save, Saver
-from trainer.checkpoint.shards import ShardReader, image_of, shard_name
+from trainer.checkpoint.shards import ShardReader, image_of, is_tensor_file, shard_name
 from trainer.checkpoint.snapshot import Snapshots, owned_pieces
 from trainer.checkpoint.state import TrainingState
 from trainer.config import RunConfig
 from trainer.data.batches import random_words
 from trainer.errors import CheckpointError, DivergedError
 from trainer.progress import Progress, Window
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was written; raised on all ranks."""
 
 
 class Checkpointer:
@@ -128,16 +132,17 @@ class Checkpointer:
         none is good.
         """
         for folder in start.checkpoints:
-            with self.engine.heartbeat.long(f"restoring {folder}"):
-                damage = self.find_damage(folder)
-                progress = self.load(folder) if damage is None else None
-            if progress is not None:
-                self.say(f"continuing from {folder}")
-                self.set_aside_later_than(progress.step)
-                return progress
-            if start.is_named:
-                raise CheckpointError(f"train.resume names a damaged checkpoint: {damage}")
-            self.say(f"checkpoint passed over: {damage}")
+            try:
+                with self.engine.heartbeat.long(f"restoring {folder}"):
+                    progress = self.load(folder)
+            except DamagedError as damage:
+                if start.is_named:
+                    raise CheckpointError(f"train.resume names a damaged checkpoint: {damage}") from None
+                self.say(f"checkpoint passed over: {damage}")
+                continue
+            self.say(f"continuing from {folder}")
+            self.set_aside_later_than(progress.step)
+            return progress
         raise CheckpointError(
             f"none of the {len(start.checkpoints)} checkpoints in {self.root} is whole; train.resume=never starts anew"
         )
@@ -173,14 +178,10 @@ class Checkpointer:
 
         self.side.on_rank_0(act)
 
-    def find_damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, on every rank alike; each rank hashes its share of the files."""
-        share = (self.engine.rank, self.engine.world_size)
-        found = self.side.all_gather(store.describe_damage(folder, share=share))
-        return next((damage for damage in found if damage), None)
-
     def load(self, folder: Path) -> Progress:
-        """Weights, moments, counters and random numbers of a verified checkpoint."""
+        """Weights, moments, counters and random numbers of a checkpoint; each file is read once and verified on the way."""
+        damage = store.describe_damage(folder, is_hashed=lambda name: not is_tensor_file(name))
+        self.raise_together(damage, DamagedError)
         problem = None
         try:
             manifest = read_manifest(folder)
@@ -191,7 +192,7 @@ class Checkpointer:
                 raise CheckpointError(f"{folder}: its state is of step {state.counters.step}, not {manifest.step}")
         except CheckpointError as error:
             problem = str(error)
-        self.raise_together(problem)
+        self.raise_together(problem, CheckpointError)
         self.load_tensors(folder, manifest)
         engine = self.engine
         engine.state_was_written(state.optimizer_steps)
@@ -205,11 +206,11 @@ class Checkpointer:
         self.saved_step = progress.step if folder.resolve().parent == self.root.resolve() else -1
         return progress
 
-    def raise_together(self, problem: str | None) -> None:
-        """CheckpointError on all ranks if any rank has a problem."""
+    def raise_together(self, problem: str | None, kind: type[Exception]) -> None:
+        """An error on all ranks if any rank has a problem."""
         problems = [found for found in self.side.all_gather(problem) if found]
         if problems:
-            raise CheckpointError(problems[0])
+            raise kind(problems[0])
 
     def check_belongs(self, folder: Path, state: TrainingState) -> None:
         """CheckpointError where base model or data are not those of this run."""
@@ -225,21 +226,22 @@ class Checkpointer:
             )
 
     def load_tensors(self, folder: Path, manifest: Manifest) -> None:
-        """Fill this rank's pieces, each from the ranges of whatever ranks wrote it."""
-        problem = None
+        """Fill this rank's pieces, each from the ranges of whatever ranks wrote it. The ranks share out which files they hash."""
         pieces = self.engine.local_state()
         shapes = self.side.all_gather({piece.key: list(piece.shape) for piece in pieces})
         wanted = {key: shape for part in shapes for key, shape in part.items()}
+        check_names(folder, wanted, manifest.tensors)
+        files = sorted(filter(is_tensor_file, manifest.files))
+        own = files[self.engine.rank :: self.engine.world_size]
+        problem = None
         try:
-            check_names(folder, wanted, manifest.tensors)
-            reader = ShardReader(folder, [name for name in manifest.files if name.startswith(("weights", "optimizer"))])
+            reader = ShardReader(folder, files)
             for key, shape in wanted.items():
                 reader.check_tiling(key, shape)
-            for piece in pieces:
-                reader.copy_into(piece.key, piece.start, piece.values)
-        except CheckpointError as error:
+            reader.fill(pieces, {name: manifest.files[name].blake3 for name in own})
+        except (CheckpointError, OSError) as error:
             problem = str(error)
-        self.raise_together(problem)
+        self.raise_together(problem, DamagedError)
 
     def restore_own(self, folder: Path, manifest: Manifest, progress: Progress) -> None:
         """Random numbers and open sums of this rank: exactly under the topology that saved them, else from (seed, step, rank)."""

@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from errno import EINVAL
 from pathlib import Path
@@ -45,15 +46,18 @@ def write_all(descriptor: int, content: memoryview, position: int) -> None:
 
 
 def read_direct(path: Path) -> Iterator[memoryview]:
-    """The file's content in chunks; each is gone when the next one is asked for."""
-    view = memoryview(mmap.mmap(-1, min(CHUNK, path.stat().st_size + 1)))  # mapped memory is aligned
-    with opened(path, os.O_RDONLY, path.stat().st_size) as descriptor:
+    """The file's content in chunks, the next one read meanwhile; each is gone when the next one is asked for."""
+    size = path.stat().st_size
+    buffers = [memoryview(mmap.mmap(-1, min(CHUNK, size + 1))) for _ in range(2)]  # mapped memory is aligned
+    with opened(path, os.O_RDONLY, size) as descriptor, ThreadPoolExecutor(1) as reader:
         position = 0
-        while count := read_some(descriptor, view, position):
-            yield view[:count]
-            position += count
-            if count % ALIGNMENT:
-                break  # the file's end
+        count = read_some(descriptor, buffers[0], position)
+        while count:
+            chunk, position = buffers[0][:count], position + count
+            buffers.reverse()
+            following = reader.submit(read_some, descriptor, buffers[0], position) if position < size else None
+            yield chunk
+            count = following.result() if following else 0
 
 
 def read_some(descriptor: int, buffer: memoryview, position: int) -> int:

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.checkpoint.direct import ALIGNMENT, write_direct
+from trainer.backend import Piece
+from trainer.checkpoint.direct import ALIGNMENT, read_direct, write_direct
 from trainer.checkpoint.manifest import FileEntry
 from trainer.errors import CheckpointError
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
-
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 Layout = Sequence[tuple[str, torch.dtype, int]]
 """(entry key, dtype, elements) of each entry of a file, in its order. 8-byte types come before smaller ones."""
@@ -30,6 +31,11 @@ Layout = Sequence[tuple[str, torch.dtype, int]]
 def shard_name(kind: str, rank: int, world_size: int) -> str:
     """weights-00001-of-00002.safetensors: counted from 1, as Hugging Face does."""
     return f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+def is_tensor_file(name: str) -> bool:
+    """Whether a checkpoint's file holds weights or moments."""
+    return name.startswith(("weights-", "optimizer-"))
 
 
 def entry_key(key: str, start: int) -> str:
@@ -90,29 +96,62 @@ def image_of(tensors: Mapping[str, Tensor]) -> ShardImage:
 
 @dataclass(frozen=True)
 class Range:
-    """Where a part of a tensor lies."""
+    """Where consecutive elements of a tensor lie."""
 
     start: int
     length: int
-    file: Any
-    key: str
+    dtype: torch.dtype
+    path: Path
+    offset: int
+    """Byte in the file."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes of a file that are wanted."""
+
+    offset: int
+    dtype: torch.dtype
+    target: Tensor
+    """Flat, contiguous, of any device."""
+
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.offset + self.target.numel() * self.dtype.itemsize
+
+
+def read_header(path: Path) -> Iterator[tuple[str, Range]]:
+    """(tensor, range) of every entry. CheckpointError for a file that is no shard; its content is not looked at."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        for key, entry in header.items():
+            tensor, _, start = key.rpartition("@")
+            (count,), (begin, end) = entry["shape"], entry["data_offsets"]
+            dtype, offset = TORCH_DTYPES[entry["dtype"]], 8 + length + begin
+            is_inside = 0 <= begin <= end and 8 + length + end <= size
+            if not is_inside or end - begin != count * dtype.itemsize or offset % dtype.itemsize:
+                raise ValueError(f"{key} lies outside of it")
+            yield tensor, Range(int(start), count, dtype, path, offset)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no shard of a checkpoint: {error}") from None
 
 
 class ShardReader:
-    """Reads ranges of tensors from the shard files of one verified checkpoint. Local to the rank."""
+    """Reads tensors, and ranges of them, from the shard files of one checkpoint. Local to the rank."""
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        """files: names in `folder`. Raises CheckpointError for a file that is no safetensors."""
+        """files: names in `folder`. Raises CheckpointError for a file that is no shard."""
+        self.paths = [folder / name for name in files]
         self.ranges: dict[str, list[Range]] = {}
-        for name in files:
-            try:
-                file = safe_open(folder / name, framework="pt")
-                for key in file.keys():  # noqa: SIM118  (safe_open is no dict)
-                    tensor, _, start = key.rpartition("@")
-                    length = file.get_slice(key).get_shape()
-                    self.ranges.setdefault(tensor, []).append(Range(int(start), length[0], file, key))
-            except (SafetensorError, OSError, ValueError, IndexError) as error:
-                raise CheckpointError(f"{folder / name} is no shard of a checkpoint: {error}") from None
+        for path in self.paths:
+            for tensor, part in read_header(path):
+                self.ranges.setdefault(tensor, []).append(part)
         for ranges in self.ranges.values():
             ranges.sort(key=lambda part: part.start)
 
@@ -126,25 +165,68 @@ class ShardReader:
         if end != num_elements:
             raise CheckpointError(f"{key} is incomplete: elements from {end} on are missing or there twice")
 
-    def read(self, key: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
-        """(position within the wanted range, flat tensor) of each stored part of elements start to start + length - 1."""
-        for part in self.ranges.get(key, ()):
-            first, last = max(start, part.start), min(start + length, part.start + part.length)
-            if first < last:
-                yield first - start, part.file.get_slice(part.key)[first - part.start : last - part.start]
-
     def whole(self, key: str) -> Tensor:
         """All stored elements of a tensor, flat."""
         parts = self.ranges.get(key, [])
         self.check_tiling(key, [sum(part.length for part in parts)])
         if not parts:
             raise CheckpointError(f"the checkpoint lacks {key}")
-        return torch.cat([part.file.get_tensor(part.key) for part in self.ranges[key]])
+        return torch.cat([read_range(part) for part in parts])
 
-    def copy_into(self, key: str, start: int, values: Tensor) -> None:
-        """Fill `values`, a live view of any shape and device, with the elements from `start` on."""
-        flat = values.view(-1) if values.is_contiguous() else torch.empty(values.numel(), dtype=values.dtype)
-        for position, part in self.read(key, start, flat.numel()):
-            flat[position : position + part.numel()].copy_(part)
-        if not values.is_contiguous():
+    def fill(self, pieces: Iterable[Piece], hashes: Mapping[str, str]) -> None:
+        """Fill live views, reading each file at most once, and check the files of `hashes` (name -> BLAKE3) on the way.
+
+        CheckpointError for a file that was changed; then the views hold anything.
+        """
+        copies: dict[Path, list[Copy]] = {}
+        strided: list[tuple[Tensor, Tensor]] = []
+        for piece in pieces:
+            flat = flat_of(piece.values)
+            if flat is None:
+                flat = torch.empty(piece.values.numel(), dtype=piece.values.dtype)
+                strided.append((piece.values, flat))
+            for part in self.ranges.get(piece.key, ()):
+                first, last = max(piece.start, part.start), min(piece.start + flat.numel(), part.start + part.length)
+                if first < last:
+                    offset = part.offset + (first - part.start) * part.dtype.itemsize
+                    target = flat[first - piece.start : last - piece.start]
+                    copies.setdefault(part.path, []).append(Copy(offset, part.dtype, target))
+        for path in self.paths:
+            stated = hashes.get(path.name)
+            if stated is not None or path in copies:
+                stream_file(path, copies.get(path, []), stated)
+        for values, flat in strided:
             values.copy_(flat.view(values.shape))
+
+
+def flat_of(values: Tensor) -> Tensor | None:
+    """The same storage as one dimension; None where it has gaps."""
+    return values.view(-1) if values.is_contiguous() else None
+
+
+def read_range(part: Range) -> Tensor:
+    """Its elements, as a fresh CPU tensor."""
+    content = np.fromfile(part.path, dtype=np.uint8, count=part.length * part.dtype.itemsize, offset=part.offset)
+    return torch.from_numpy(content).view(part.dtype)
+
+
+def stream_file(path: Path, copies: Iterable[Copy], stated: str | None) -> None:
+    """Read a file once, from begin to end: copy what is wanted, and hash it where its hash is stated."""
+    waiting = sorted(copies, key=lambda copy: copy.offset)
+    digest, begin = blake3(), 0
+    for chunk in read_direct(path):
+        end = begin + len(chunk)
+        content = torch.frombuffer(chunk, dtype=torch.uint8)
+        for copy in waiting:
+            if copy.offset >= end:
+                break
+            first, last = max(copy.offset, begin), min(copy.end, end)
+            start = (first - copy.offset) // copy.dtype.itemsize
+            values = content[first - begin : last - begin].view(copy.dtype)
+            copy.target[start : start + values.numel()].copy_(values)
+        waiting = [copy for copy in waiting if copy.end > end]
+        begin = end
+        if stated is not None:
+            digest.update(chunk)
+    if stated is not None and digest.hexdigest() != stated:
+        raise CheckpointError(f"{path} was changed after it was written: its BLAKE3 differs")

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from trainer.checkpoint.manifest import (
@@ -50,12 +50,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def describe_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """None for a whole checkpoint; otherwise what is wrong. share: (i, n) hashes every n-th file only, from the i-th on."""
+def describe_damage(folder: Path, *, is_hashed: Callable[[str], bool] = lambda name: True) -> str | None:
+    """None for a whole checkpoint; otherwise what is wrong. is_hashed: leaves files, by name, to whoever reads them."""
     try:
         check_layout(folder)
         manifest = read_manifest(folder)
-        check_files(folder, manifest, share)
+        check_files(folder, manifest, is_hashed)
     except CheckpointError as error:
         return str(error)
     except OSError as error:
@@ -73,8 +73,8 @@ def check_layout(folder: Path) -> None:
         require_regular(entry)
 
 
-def check_files(folder: Path, manifest: Manifest, share: tuple[int, int]) -> None:
-    """CheckpointError unless folder and manifest name the same files, each of its size and hash."""
+def check_files(folder: Path, manifest: Manifest, is_hashed: Callable[[str], bool]) -> None:
+    """CheckpointError unless folder and manifest name the same files, each of its size, and of its hash if `is_hashed`."""
     match = STEP_NAME.fullmatch(folder.name)
     if match and int(match[1]) != manifest.step:
         raise CheckpointError(f"{folder} says step {manifest.step} in its manifest")
@@ -82,12 +82,11 @@ def check_files(folder: Path, manifest: Manifest, share: tuple[int, int]) -> Non
     if present != set(manifest.files):
         odd = sorted(present ^ set(manifest.files))[0]
         raise CheckpointError(f"{folder / odd} is {'not in the manifest' if odd in present else 'missing'}")
-    mine, of = share
-    for position, (name, entry) in enumerate(sorted(manifest.files.items())):
+    for name, entry in sorted(manifest.files.items()):
         size = (folder / name).stat().st_size
         if size != entry.size:
             raise CheckpointError(f"{folder / name} has {size:,} bytes, not the {entry.size:,} that were written")
-        if position % of == mine and hash_file(folder / name).blake3 != entry.blake3:
+        if is_hashed(name) and hash_file(folder / name).blake3 != entry.blake3:
             raise CheckpointError(f"{folder / name} was changed after it was written: its BLAKE3 differs")
 
 
