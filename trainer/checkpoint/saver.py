@@ -6,6 +6,8 @@ checkpoints as they were and is known to every rank: the loop's next all-reduce 
 """
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ class Save:
     """Small files of rank 0."""
     best_step: int | None
     """Whose checkpoint is kept."""
+
+
+PAUSE = 5.0
+"""Times what a chunk took."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,14 @@ class Saver:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[str | None] | None = None
         self.complaints: list[str] = []
+        self.hurry = threading.Event()
+        """Set while somebody waits for the save."""
+        self.chunk_began = 0.0
 
     def start(self, save: Save) -> None:
         """Write in the background. The one before must have ended (`wait`)."""
         assert self.pending is None
+        self.hurry.clear()
         self.pending = self.pool.submit(self._run, save)
 
     @property
@@ -78,6 +88,7 @@ class Saver:
         """Until the save in flight is published. Raises CheckpointError, on all ranks, if it failed."""
         if self.pending is None:
             return
+        self.hurry.set()
         error, self.pending = self.pending.result(), None
         for complaint in self.complaints:
             self.say(complaint)
@@ -87,6 +98,7 @@ class Saver:
 
     def close(self) -> None:
         """End the thread once it is done. A failure that nobody waited for is said, not raised: another error is on its way."""
+        self.hurry.set()
         self.pool.shutdown(wait=True)
         if self.pending is not None and (error := self.pending.result()) is not None:
             self.say(error)
@@ -115,9 +127,10 @@ class Saver:
         side, step = self.side, save.header.step
         try:
             folder = store.start_folder(self.root, step, self.nonce)
+            self.chunk_began = time.perf_counter()
             for kind, image in save.shards.items():
                 name = shard_name(kind, side.rank, side.world_size)
-                files[name] = image.write(folder / name, self.watch)
+                files[name] = image.write(folder / name, self._after_chunk)
                 fault_point(f"save.{kind}", side.rank)
             for name, content in save.files.items():
                 files[name] = write_synced(folder / name, content)
@@ -126,6 +139,12 @@ class Saver:
         except Exception as error:  # whatever it is, the other ranks wait for this report
             return Report({}, {}, f"{type(error).__name__}: {error}")
         return Report(files, save.shapes, None)
+
+    def _after_chunk(self) -> None:
+        """Pause between chunks while training goes on, so that no single step pays for the whole save."""
+        self.watch()
+        self.hurry.wait(PAUSE * (time.perf_counter() - self.chunk_began))
+        self.chunk_began = time.perf_counter()
 
     def _finish(self, save: Save, reports: list[Report], error: str) -> str:
         """Rank 0: publish and prune, or take the unfinished folder away. What went wrong, or nothing."""
