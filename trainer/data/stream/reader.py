@@ -22,7 +22,8 @@ from trainer.data.stream.mix import Mixture, Stage
 from trainer.data.stream.order import EpochOrder, SourceOrder, key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION, Packing, Plan, make_plan
 from trainer.data.stream.plans import load_or_make_plan
-from trainer.data.stream.shards import DatasetManifest, ShardReader, hash_bytes, read_manifest
+from trainer.data.stream.remote import RemoteDataset
+from trainer.data.stream.shards import DatasetManifest, ShardReader, hash_bytes, read_ends, read_manifest
 from trainer.errors import DataError
 
 STATE_FORMAT = 1
@@ -63,15 +64,26 @@ class Place:
 class Source:
     """One dataset: manifests, plans, the order of its rows, open shards."""
 
-    def __init__(self, folder: Path, settings: StreamSettings, number: int, plan_folder: Path | None) -> None:
+    def __init__(
+        self, dataset: Path | RemoteDataset, settings: StreamSettings, number: int, plan_folder: Path | None
+    ) -> None:
         """plan_folder: where plans are kept between starts; None keeps them in memory."""
-        self.folder, self.settings, self.plan_folder = folder, settings, plan_folder
-        self.manifest: DatasetManifest = read_manifest(folder)
+        self.remote = dataset if isinstance(dataset, RemoteDataset) else None
+        self.folder = dataset.folder if isinstance(dataset, RemoteDataset) else dataset
+        self.settings, self.plan_folder = settings, plan_folder
+        self.manifest: DatasetManifest = read_manifest(self.folder)
+        self.position = 0  # the sample that was placed last, from where shards are fetched ahead
+        self.window_start = -1
         self.seed = key_of(settings.seed, number)
         self.readers: OrderedDict[int, ShardReader] = OrderedDict()
         self.plans: OrderedDict[int, Plan] = OrderedDict()
         self.orders: dict[int, EpochOrder] = {}
         self.lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """Its URL or folder, for people."""
+        return self.remote.url if self.remote is not None else str(self.folder)
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -94,9 +106,9 @@ class Source:
         settings = self.settings
 
         def make() -> Plan:
-            return make_plan(
-                ShardReader(self.folder, found, self.manifest.dtype).ends, settings.sequence_length, settings.packing
-            )
+            if self.remote is not None:
+                self.remote.ends(found)
+            return make_plan(read_ends(self.folder, found), settings.sequence_length, settings.packing)
 
         found = self.manifest.shards[shard]
         key = f"{found.ends_hash}-{settings.packing}-{settings.sequence_length}-{ALGORITHM_VERSION}"
@@ -106,11 +118,30 @@ class Source:
         """An open shard; the one used longest ago is closed."""
         with self.lock:
             if shard not in self.readers:
+                if self.remote is not None:
+                    self.fetch(self.remote, shard)
                 self.readers[shard] = ShardReader(self.folder, self.manifest.shards[shard], self.manifest.dtype)
                 if len(self.readers) > OPEN_SHARDS:
                     self.readers.popitem(last=False)
             self.readers.move_to_end(shard)
             return self.readers[shard]
+
+    def fetch(self, remote: RemoteDataset, shard: int) -> None:
+        """Wait for a shard, and let those of the next window come meanwhile."""
+        epoch, inside = divmod(self.position, max(sum(self.rows), 1))
+        here, after = self.order(epoch), self.order(epoch + 1)
+        upcoming = [*here.shards_from(inside), *after.shards]
+        remote.fetch(shard, upcoming)
+        if upcoming[0] != self.window_start:
+            self.window_start = upcoming[0]
+            remote.fetch_ahead(upcoming[: 2 * self.settings.window], upcoming)
+
+    def order(self, epoch: int) -> EpochOrder:
+        """Of one pass over the source; the last two are kept."""
+        if epoch not in self.orders:
+            self.orders = {kept: order for kept, order in self.orders.items() if abs(kept - epoch) <= 1}
+            self.orders[epoch] = SourceOrder(self.rows, self.seed, self.settings.window).epoch(epoch)
+        return self.orders[epoch]
 
     def place(self, k: int) -> tuple[int, int, int]:
         """(epoch, shard, row) of the source's k-th sample. DataError after `max_epochs` passes."""
@@ -125,11 +156,8 @@ class Source:
                 f"({self.settings.max_epochs:g}), lower its weight, or train fewer steps"
             )
         epoch, inside = divmod(k, total)
-        if epoch not in self.orders:
-            self.orders = {epoch: SourceOrder(self.rows, self.seed, self.settings.window).epoch(epoch)}
-        return (
-            (epoch, *self.orders[epoch].at(inside)) if self.settings.shuffle else (epoch, *self._in_file_order(inside))
-        )
+        self.position = k
+        return (epoch, *(self.order(epoch).at(inside) if self.settings.shuffle else self._in_file_order(inside)))
 
     def _in_file_order(self, inside: int) -> tuple[int, int]:
         ends = np.cumsum(self.rows)
@@ -142,7 +170,7 @@ class Stream:
 
     def __init__(
         self,
-        folders: Sequence[Path],
+        datasets: Sequence[Path | RemoteDataset],
         settings: StreamSettings,
         *,
         stages: Sequence[Stage] | None = None,
@@ -150,7 +178,7 @@ class Stream:
     ) -> None:
         """stages: weights of the sources; None: in proportion to their tokens. DataError where tokenizers differ."""
         self.settings = settings
-        self.sources = [Source(folder, settings, number, plan_folder) for number, folder in enumerate(folders)]
+        self.sources = [Source(dataset, settings, number, plan_folder) for number, dataset in enumerate(datasets)]
         self.tokenizer = self.sources[0].manifest.tokenizer
         for source in self.sources[1:]:
             if source.manifest.tokenizer != self.tokenizer:
@@ -160,6 +188,11 @@ class Stream:
         tokens = tuple(float(source.manifest.num_tokens) for source in self.sources)
         self.stages = tuple(stages or [Stage(0, tokens)])
         self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32))
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Of each source."""
+        return tuple(sum(source.rows) for source in self.sources)
 
     def place(self, sample: int) -> Place:
         """Where a global sample comes from."""

@@ -233,14 +233,7 @@ class ShardReader:
     @cached_property
     def ends(self) -> NDArray[np.int64]:
         """(D,) end of each document in tokens; verified whole."""
-        path = self.path.with_name(self.shard.ends)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-        if hash_bytes(content) != self.shard.ends_hash:
-            raise DataError(f"{path} was changed after it was written: its hash differs")
-        return np.frombuffer(content, "<u8").astype(np.int64)
+        return read_ends(self.path.parent, self.shard)
 
     def tokens(self, start: int, length: int) -> Tokens:
         """Tokens start to start + length - 1, a read-only view. DataError names the block that was changed."""
@@ -262,6 +255,18 @@ class ShardReader:
                         place = f"{self.path}: bytes from {block * BLOCK:,} on"
                         raise DataError(f"{place} were changed after they were written: their hash differs")
                     self.verified[block] = True
+
+
+def read_ends(folder: Path, shard: Shard) -> NDArray[np.int64]:
+    """(D,) end of each document of a shard, in tokens; the tokens need not be there. DataError where the file was changed."""
+    path = folder / shard.ends
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    if hash_bytes(content) != shard.ends_hash:
+        raise DataError(f"{path} was changed after it was written: its hash differs")
+    return np.frombuffer(content, "<u8").astype(np.int64)
 
 
 def verify_dataset(folder: Path) -> Iterator[tuple[str, str | None]]:

@@ -1,0 +1,202 @@
+"""Shards behind a URL: verified, shared, bounded on disk, tried again, and never a hang or a wrong token."""
+
+import io
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_tokens
+from trainer.data.stream import remote
+from trainer.data.stream.reader import Stream, StreamSettings
+from trainer.data.stream.remote import RemoteDataset
+from trainer.data.stream.shards import read_manifest
+from trainer.errors import DataError
+
+SETTINGS = StreamSettings(32, "best_fit", window=2, max_epochs=2)
+
+
+class UnreliableFileSystem(fsspec.AbstractFileSystem):
+    """Memory that fails, cuts and changes what is read, as its class is told; counts what it gives."""
+
+    protocol = "unreliable"
+    store: ClassVar[dict[str, bytes]] = {}
+    failures: ClassVar[Counter[str]] = Counter()
+    """File name -> how often reading still fails."""
+    damage: ClassVar[dict[str, tuple[str, int]]] = {}
+    """File name -> (cut or flip, how often still)."""
+    given: ClassVar[Counter[str]] = Counter()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("unreliable://").strip("/")
+
+    @classmethod
+    def give(cls, path: str, content: bytes) -> bytes:
+        name = path.rpartition("/")[2]
+        cls.given[name] += 1
+        if cls.failures[name] > 0:
+            cls.failures[name] -= 1
+            raise ConnectionError("the line was lost")
+        kind, left = cls.damage.get(name, ("", 0))
+        if left:
+            cls.damage[name] = (kind, left - 1)
+            return content[: len(content) // 2] if kind == "cut" else bytes([content[0] ^ 1]) + content[1:]
+        return content
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
+        path = self._strip_protocol(path)
+        if path not in self.store:
+            raise FileNotFoundError(path)
+        return self.give(path, self.store[path])
+
+    def exists(self, path: str, **_: Any) -> bool:
+        return self._strip_protocol(path) in self.store
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        return io.BytesIO(self.cat_file(path))
+
+
+fsspec.register_implementation("unreliable", UnreliableFileSystem, clobber=True)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A dataset on disk, and the same behind unreliable://tokens."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    folder = tiny_tokens(tmp_path / "tokens", documents=100)
+    for path in folder.iterdir():
+        UnreliableFileSystem.store[f"/tokens/{path.name}"] = path.read_bytes()
+    for table in (UnreliableFileSystem.failures, UnreliableFileSystem.damage, UnreliableFileSystem.given):
+        table.clear()
+    yield folder
+    UnreliableFileSystem.store.clear()
+
+
+def open_remote(tmp_path: Path, limit_bytes: float = 1e9) -> RemoteDataset:
+    return RemoteDataset("unreliable://tokens", tmp_path / "cache", limit_bytes=limit_bytes)
+
+
+def read_all(stream: Stream) -> np.ndarray:
+    return np.concatenate([stream.batch([sample])["input_ids"] for sample in range(2 * stream.rows[0])])
+
+
+def shard_files(found: RemoteDataset) -> set[str]:
+    return {path.name for path in found.folder.glob("shard-*.bin")}
+
+
+def test_remote_tokens_are_the_local_ones(dataset: Path, tmp_path: Path) -> None:
+    local, far = Stream([dataset], SETTINGS), Stream([open_remote(tmp_path)], SETTINGS)
+    assert np.array_equal(read_all(far), read_all(local))
+    assert far.identity == local.identity  # known by content, not by place
+    shards = [shard.file for shard in read_manifest(dataset).shards]
+    assert {name: UnreliableFileSystem.given[name] for name in shards} == dict.fromkeys(shards, 1)
+
+
+def test_only_what_is_needed_is_fetched(dataset: Path, tmp_path: Path) -> None:
+    found = open_remote(tmp_path)
+    Stream([found], SETTINGS).batch([0])
+    found.downloads.shutdown()
+    assert 1 <= len(shard_files(found)) <= 2 * SETTINGS.window < len(read_manifest(dataset).shards)
+
+
+def test_the_disk_is_bounded_and_shards_needed_soon_are_kept(dataset: Path, tmp_path: Path) -> None:
+    sizes = [2 * shard.tokens for shard in read_manifest(dataset).shards]
+    limit = 3.5 * max(sizes)
+    found = open_remote(tmp_path, limit_bytes=limit)
+    found.require_room(SETTINGS.window)
+    stream, local = Stream([found], SETTINGS), Stream([dataset], SETTINGS)
+    most = 0
+    for sample in range(stream.rows[0]):
+        assert np.array_equal(stream.batch([sample])["input_ids"], local.batch([sample])["input_ids"])
+        most = max(most, sum(path.stat().st_size for path in found.folder.glob("*.bin")))
+    assert 0 < most <= limit
+    given = [UnreliableFileSystem.given[shard.file] for shard in read_manifest(dataset).shards]
+    assert max(given) <= 2, given  # within one pass, a shard is rarely fetched twice
+    with pytest.raises(DataError, match=r"data\.cache_gb .* cannot hold 2 shards"):
+        open_remote(tmp_path, limit_bytes=max(sizes)).require_room(2)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000.bin", "shard-00000.ends"])
+def test_three_failures_and_then_it_works(name: str, dataset: Path, tmp_path: Path) -> None:
+    UnreliableFileSystem.failures[name] = 3
+    far = Stream([open_remote(tmp_path)], SETTINGS)
+    assert np.array_equal(read_all(far), read_all(Stream([dataset], SETTINGS)))
+
+
+@pytest.mark.parametrize("kind", ["cut", "flip"])
+@pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00000.ends"])
+def test_damage_on_the_way_is_found_and_fetched_again(name: str, kind: str, dataset: Path, tmp_path: Path) -> None:
+    UnreliableFileSystem.damage[name] = (kind, 2)
+    far = Stream([open_remote(tmp_path)], SETTINGS)
+    assert np.array_equal(read_all(far), read_all(Stream([dataset], SETTINGS)))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.bin", "shard-00001.ends"])
+def test_a_remote_that_never_works_is_an_error_that_names_url_and_file(
+    name: str, dataset: Path, tmp_path: Path
+) -> None:
+    UnreliableFileSystem.failures[name] = 10**6
+    with pytest.raises(DataError, match=rf"unreliable://tokens/{name} could not be read in 5 tries: the line was lost"):
+        read_all(Stream([open_remote(tmp_path)], SETTINGS))
+    found = next((tmp_path / "cache").rglob("manifest.json"), None)
+    assert found is None or not (found.parent / name).exists()
+
+
+def test_lasting_damage_is_an_error(dataset: Path, tmp_path: Path) -> None:
+    UnreliableFileSystem.damage["shard-00001.bin"] = ("flip", 10**6)
+    with pytest.raises(DataError, match=r"shard-00001\.bin could not be read .* not what the manifest states"):
+        read_all(Stream([open_remote(tmp_path)], SETTINGS))
+
+
+def test_a_missing_file_and_an_unknown_protocol_are_errors(dataset: Path, tmp_path: Path) -> None:
+    del UnreliableFileSystem.store["/tokens/shard-00001.bin"]
+    with pytest.raises(DataError, match=r"shard-00001\.bin does not exist"):
+        read_all(Stream([open_remote(tmp_path)], SETTINGS))
+    with pytest.raises(DataError, match="Protocol not known"):
+        RemoteDataset("nosuch://tokens", tmp_path, limit_bytes=1e9)
+
+
+def test_a_cached_shard_that_was_changed_is_found_at_first_use(dataset: Path, tmp_path: Path) -> None:
+    found = open_remote(tmp_path)
+    read_all(Stream([found], SETTINGS))
+    path = found.folder / "shard-00002.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00002\.bin: bytes from 0 on were changed"):
+        read_all(Stream([open_remote(tmp_path)], SETTINGS))
+
+
+def test_what_a_killed_download_left_is_never_read(dataset: Path, tmp_path: Path) -> None:
+    found = open_remote(tmp_path)
+    (found.folder / ".shard-00000.bin.part").write_bytes(b"half")
+    (found.folder / ".shard-00001.bin.part").write_bytes(b"")
+    assert np.array_equal(read_all(Stream([found], SETTINGS)), read_all(Stream([dataset], SETTINGS)))
+    found.downloads.shutdown()
+    assert not list(found.folder.glob("*.part"))
+
+
+def test_several_readers_fetch_a_shard_once(dataset: Path, tmp_path: Path) -> None:
+    seen: list[np.ndarray] = []
+    readers = [Stream([open_remote(tmp_path)], SETTINGS) for _ in range(4)]
+    threads = [threading.Thread(target=lambda stream=stream: seen.append(read_all(stream))) for stream in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(seen) == 4
+    assert all(np.array_equal(one, seen[0]) for one in seen)
+    for shard in read_manifest(dataset).shards:
+        assert UnreliableFileSystem.given[shard.file] == 1
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=r"set data\.cache"):
+        open_remote(tmp_path)
