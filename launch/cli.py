@@ -15,7 +15,7 @@ import typer
 
 from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
-from launch.data import data_app
+from launch.data_look import data_app
 from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import error_text, json_schema
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from trainer.data.assets import asset_path
 from trainer.data.stream.adopt import adopt as adopt_folder
 from trainer.data.stream.packing import make_plan
-from trainer.data.stream.shards import DatasetManifest, ShardReader, read_manifest, verify_dataset
+from trainer.data.stream.shards import DatasetManifest, ShardReader, read_manifest, verify_dataset, write_file
 from trainer.data.stream.tokenize import Tally, describe_tokenizer
 from trainer.data.stream.tokenize import tokenize as tokenize_documents
 from trainer.errors import DataError
@@ -70,7 +70,9 @@ def adopt(folder: Folder, *, tokenizer: TokenizerOption, eos: EosOption = None) 
 
     Example: samestep data adopt /data/fineweb --tokenizer tokenizer.json --eos '<|endoftext|>'
     """
-    manifest = adopt_folder(folder, describe_tokenizer(tokenizer_path(tokenizer), eos), watch=print)
+    file = tokenizer_path(tokenizer)
+    manifest = adopt_folder(folder, describe_tokenizer(file, eos), watch=print)
+    write_file(folder / "tokenizer.json", file.read_bytes())
     print(f"{folder}: {summary(manifest)}")
 
 

@@ -7,10 +7,10 @@ samestep run recipes/lora_sst2.py --backend ddp --processes 2 train.seed=1
 
 from trainer.backend import build_accelerator
 from trainer.config import ClassificationData, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.data.classify import build_data
 from trainer.loop import Trainer
 from trainer.model.load import build_model
 from trainer.resolve import run_recipe
+from trainer.task import build_task
 
 DEFAULTS = RunConfig(
     name="lora_sst2",
@@ -25,9 +25,9 @@ DEFAULTS = RunConfig(
 def main(config: RunConfig) -> None:
     """Data before model, so that a mistake in the data is found before any weights load."""
     accelerator = build_accelerator(config)
-    data = build_data(config, accelerator)
-    model = build_model(config, data.label_names, accelerator)
-    Trainer(config, accelerator, model, data).fit()
+    task = build_task(config, accelerator)
+    model = build_model(config, task.label_names, accelerator)
+    Trainer(config, accelerator, model, task).fit()
 
 
 if __name__ == "__main__":

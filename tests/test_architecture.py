@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.model", "trainer.loss", "trainer.metrics"),
     ("trainer.optim", "trainer.data.classify", "trainer.predict"),
     ("trainer.resolve", "trainer.evaluate", "trainer.log"),
+    ("trainer.task",),
     ("trainer.output", "trainer.probe", "trainer.checkpoint", "trainer.watchdog"),
     ("trainer.loop",),
     ("recipes", "launch"),

@@ -205,14 +205,14 @@ def ruin(good: Path, number: int, room: Path) -> Path:
 def restore_each(root: Path, run: Path, room: Path) -> list[tuple[int, str, list[str]]]:
     """On one rank: offer every bad checkpoint, with a good one behind it. (number, how it ended, what was said)."""
     from trainer.backend import build_accelerator
-    from trainer.data.classify import build_data
     from trainer.loop import Trainer
     from trainer.model.load import build_model
+    from trainer.task import build_task
 
     config = make_config(root, root / "other", method="lora", max_steps=3)
     accelerator = build_accelerator(config)
-    data = build_data(config, accelerator)
-    trainer = Trainer(config, accelerator, build_model(config, data.label_names, accelerator), data)
+    task = build_task(config, accelerator)
+    trainer = Trainer(config, accelerator, build_model(config, task.label_names, accelerator), task)
     newest, older = list_checkpoints(run / "checkpoints")
     outcomes = []
     for number in range(NUM_BAD):

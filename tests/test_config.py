@@ -129,12 +129,13 @@ def test_shipped_schema_is_current() -> None:
 
 def test_shipped_variants_follow_the_schema_and_name_it() -> None:
     files = sorted(CONFIGS.glob("*.yaml"))
-    assert [path.name for path in files] == ["full_sst2_hub.yaml", "lora_sst2_hub.yaml"]
+    assert [path.name for path in files] == ["full_sst2_hub.yaml", "lora_sst2_hub.yaml", "pretrain_clm_hub.yaml"]
     validator = jsonschema.Draft202012Validator(json_schema())
     for path in files:
         text = path.read_text()
         assert text.startswith("# yaml-language-server: $schema=schema.json\n")
-        assert f"accelerate launch recipes/lora_sst2.py --config recipes/configs/{path.name}" in text
+        recipe = "pretrain_clm" if path.name.startswith("pretrain") else "lora_sst2"
+        assert f"recipes/{recipe}.py --config recipes/configs/{path.name}" in text
         assert list(validator.iter_errors(yaml.safe_load(text))) == []
 
 

@@ -18,7 +18,7 @@ COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.spl
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 24
+    assert len(COMMANDS) == 28
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep")]
 
 

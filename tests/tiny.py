@@ -1,4 +1,4 @@
-"""Tiny real models and data for tests: a two-layer BERT with its tokenizer as a Hugging Face folder, and sentences that can be learned."""
+"""Tiny real models and data for tests: a two-layer BERT and Llama, sentences and token datasets that can be learned."""
 
 import csv
 from pathlib import Path
@@ -45,3 +45,50 @@ def tiny_sentences(path: Path, rows: int = 64, seed: int = 0) -> Path:
             words.insert(int(rng.integers(len(words) + 1)), str(rng.choice(GOOD if row % 2 else BAD)))
             writer.writerow([" ".join(words), "positive" if row % 2 else "negative"])
     return path
+
+
+def tiny_llama(folder: Path, positions: int = 128) -> Path:
+    """The configuration of a two-layer Llama with grouped-query attention and tied embeddings; its weights are drawn. Returns `folder`."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=NUM_WORDS + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=NUM_WORDS,
+    ).save_pretrained(folder)
+    return folder
+
+
+NUM_WORDS = 60
+
+
+def tiny_tokens(folder: Path, documents: int = 60, seed: int = 0, shard_bytes: int = 700) -> Path:
+    """A token dataset of several shards: documents of 2 to 40 words, where each word mostly follows from the one before."""
+    import hashlib
+
+    import tokenizers
+
+    from trainer.data.stream.shards import DatasetWriter, Tokenizer
+
+    words = {f"w{number}": number for number in range(NUM_WORDS)} | {"<end>": NUM_WORDS}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    content = made.to_str()
+    known = Tokenizer(sha256=hashlib.sha256(content.encode()).hexdigest(), vocabulary=len(words), eos=NUM_WORDS)
+    writer = DatasetWriter(folder, known, shard_bytes=shard_bytes)
+    rng = np.random.default_rng(seed)
+    for _ in range(documents):
+        ids = [int(rng.integers(NUM_WORDS))]
+        for _ in range(int(rng.integers(1, 40))):
+            ids.append((3 * ids[-1] + 1) % NUM_WORDS if rng.random() < 0.9 else int(rng.integers(NUM_WORDS)))
+        writer.add(np.array([*ids, NUM_WORDS]))
+    writer.finish()
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    return folder

@@ -14,44 +14,40 @@ from torch import Tensor, nn
 
 from trainer.backend import agree_on_start, build_engine
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.identity import base_identity, data_identity
-from trainer.checkpoint.randomness import seed_generators
+from trainer.checkpoint.identity import base_identity
+from trainer.checkpoint.own import rank_seed, seed_generators
 from trainer.checkpoint.resume import Start
-from trainer.config import RunConfig, TrainConfig
-from trainer.data.batches import IGNORED, GlobalBatches, micro_batches
-from trainer.data.classify import ClassificationSet, Split
+from trainer.config import RunConfig
+from trainer.data.batches import IGNORED, micro_batches
+from trainer.data.prefetch import Prefetch
 from trainer.divergence import judge_step
 from trainer.errors import DivergedError
-from trainer.evaluate import evaluate_logits
 from trainer.faults import fault_point
-from trainer.loss import classification_loss_sum, count_correct
-from trainer.metrics import classification_metrics
-from trainer.optim import build_optimizer, lr_of_step
+from trainer.optim import build_optimizer, count_steps, lr_of_step
 from trainer.output import RunOutput
-from trainer.progress import Progress, Window
+from trainer.progress import Progress, Window, is_better
 from trainer.stop import StopRequest
+from trainer.task import Task
 from trainer.watchdog import Watchdog
 
 
 class Trainer:
-    """Trains `model` on `data` as `config` says, on the backend of `accelerator`. Every rank makes one."""
+    """Trains `model` on `task` as `config` says, on the backend of `accelerator`. Every rank makes one."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module, data: ClassificationSet) -> None:
-        self.config, self.accelerator, self.data = config, accelerator, data
-        identity = {"base": base_identity(model), "data": data_identity(data.train)}
+    def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module, task: Task) -> None:
+        self.config, self.accelerator, self.task = config, accelerator, task
+        identity = {"base": base_identity(model), "data": task.identity()}
         optimizer = build_optimizer(model, config, fused=accelerator.device.type in ("cpu", "cuda"))
         self.engine = build_engine(accelerator, model, optimizer, config)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        train, by_length = config.train, config.data.group_by_length
-        self.batches = GlobalBatches(data.train.lengths, train.global_batch_size, train.seed, group_by_length=by_length)
-        self.steps_per_epoch = self.batches.per_epoch
-        self.num_steps = count_steps(config.train, self.steps_per_epoch)
-        self.eval_every = config.train.eval_every or self.steps_per_epoch
+        self.num_steps = count_steps(config.train, task.steps_per_epoch)
+        self.eval_every = config.train.eval_every or task.steps_per_epoch
         self.progress = Progress()
         self.metric: float | None = None  # of the last evaluation
         self.returned_to = -1  # by the last rollback
         self.stop: StopRequest | None = None
         self.checkpoints = Checkpointer(config, self.engine, identity=identity)
+        self.prefetch = Prefetch(self.read_step)
 
     # When
 
@@ -85,19 +81,21 @@ class Trainer:
 
     def begin(self, opened: ExitStack) -> None:
         """Open the run directory, anew or where its newest good checkpoint ends. Collective; `opened` closes everything."""
-        seed_generators(hash_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
+        seed_generators(rank_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
         self.engine.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
         start = agree_on_start(self.config)
-        self.output = RunOutput(self.config, self.engine, self.data, self.num_steps, is_fresh=start.kind == "fresh")
+        self.output = RunOutput(self.config, self.engine, self.task, self.num_steps, is_fresh=start.kind == "fresh")
         opened.callback(self.output.close)
         self.stop = StopRequest(self.config, is_main=self.rank == 0)
         opened.callback(self.stop.close)
         self.checkpoints.say = self.output.log.say
         opened.enter_context(Watchdog(self.config, self.engine))
         opened.callback(self.checkpoints.close)
+        opened.callback(self.prefetch.close)
         self.checkpoints.clean()
         if start.checkpoints:
             self.restore(start)
+        self.checkpoints.prepare()
 
     def restore(self, start: Start) -> None:
         """Take up the state of the newest good checkpoint. Collective."""
@@ -105,13 +103,15 @@ class Trainer:
             self.compute_gradients()
             self.engine.discard()
         self.progress = self.checkpoints.restore(start)
+        self.read_on()
         self.output.continue_from(self.progress, start.words)
 
     def save(self) -> None:
         """Checkpoint the state after this step; returns once it is copied. Collective."""
         progress = self.progress
         metric = self.metric if progress.evaluated_step == progress.step else None
-        self.checkpoints.save(progress, self.output.small_files(), metric=metric)
+        files, state = self.output.small_files(progress.step), self.task.rank_state(progress.step)
+        self.checkpoints.save(progress, files, metric=metric, rank_state=state)
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now: always after the last, not where a rollback returned to."""
@@ -180,6 +180,7 @@ class Trainer:
         bad, problem = self.progress, f"step {self.progress.step + 1}: gradient norm {self.progress.grad_norm:.3g}"
         self.progress = self.checkpoints.roll_back(bad)
         self.returned_to = self.progress.step
+        self.read_on()
         self.output.continue_from(self.progress, "")
         self.output.log.say(f"{problem}; rolled back to step {self.progress.step}, and that step is left out from here")
 
@@ -189,13 +190,12 @@ class Trainer:
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Forward pass of one micro-batch: the loss summed over its targets. Collective under fsdp and zero3."""
-        inputs = self.engine.to_device(batch)
-        labels = inputs.pop("labels")
-        logits = self.engine.forward(inputs).logits
-        loss = classification_loss_sum(logits, labels)
-        window = self.progress.window
+        task, window = self.task, self.progress.window
+        on_device = self.engine.to_device(batch)
+        logits = self.engine.forward(task.model_inputs(on_device)).logits
+        loss = task.loss_sum(logits, on_device)
         window.loss_sum = window.loss_sum + loss.detach()
-        window.num_correct = window.num_correct + count_correct(logits.detach(), labels)
+        window.add_counts(dict(zip(task.count_names, task.counts(logits.detach(), on_device), strict=True)))
         window.num_targets += count_targets(batch)
         return loss
 
@@ -203,15 +203,27 @@ class Trainer:
 
     def global_batch(self, step: int) -> np.ndarray:
         """Sample ids of 0-based `step`, the same on every rank and for any number of them."""
-        return self.batches.at(step)
+        return self.task.global_batch(step)
 
     def micro_batches_of_step(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of a step as CPU tensors; every rank has the same number of them."""
         ids = self.global_batch(step)
         self.progress.window.num_samples += len(ids)
         self.progress.num_samples += len(ids)
-        shares = micro_batches(ids, self.rank, self.world_size, self.config.train.micro_batch_size)
-        return [self.data.collate(self.data.train, share) for share in shares]
+        return self.prefetch.at(step)
+
+    def read_step(self, step: int) -> list[dict[str, Tensor]]:
+        """The same, without noting it; runs in a thread, ahead of its step."""
+        shares = micro_batches(self.global_batch(step), self.rank, self.world_size, self.config.train.micro_batch_size)
+        batches = [self.task.training_batch(share) for share in shares]
+        if self.engine.device.type == "cuda":  # so that copies to the GPU need not wait
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return batches
+
+    def read_on(self) -> None:
+        """Let the data stand where the restored state does."""
+        self.prefetch.drop()
+        self.task.restore_rank_state(self.progress.step, self.checkpoints.rank_state)
 
     # Watching
 
@@ -221,33 +233,34 @@ class Trainer:
 
     def log(self) -> None:
         """Write the sums over all ranks since the last call. Collective."""
-        window, progress = self.progress.window, self.progress
-        sums = [float(window.loss_sum), float(window.num_correct), float(window.num_targets)]
-        loss_sum, num_correct, num_targets = self.engine.sum_over_ranks(sums)
+        window, progress, names = self.progress.window, self.progress, self.task.count_names
+        sums = [window.loss_sum, window.num_targets, *(window.counts.get(name, 0.0) for name in names)]
+        loss_sum, num_targets, *counts = self.engine.sum_over_ranks([float(number) for number in sums])
+        loss = loss_sum / max(num_targets, 1)
+        seconds = max(window.elapsed_s, 1e-9)
         values = {
-            "epoch": round(progress.step / self.steps_per_epoch, 4),
-            "train/loss": loss_sum / max(num_targets, 1),
-            "train/accuracy": num_correct / max(num_targets, 1),
+            "epoch": round(progress.step / self.task.steps_per_epoch, 4),
+            "train/loss": loss,
+            **self.task.train_metrics(loss, num_targets, dict(zip(names, counts, strict=True)), seconds),
             "train/lr": progress.lr,
             "train/grad_norm": progress.grad_norm,
-            "samples_per_s": window.num_samples / max(window.elapsed_s, 1e-9),
+            "samples_per_s": window.num_samples / seconds,
         }
         self.output.train_metrics(progress.step, values)
         progress.window = Window()
 
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics over a whole split, each example counted once whatever the number of ranks. Collective."""
-        batch_size = self.config.train.eval_batch_size
+    def evaluate(self) -> dict[str, float]:
+        """Metrics over the whole validation split. Collective."""
         self.engine.model.eval()
-        logits = evaluate_logits(self.engine.forward, self.data, split, self.engine, batch_size=batch_size)
+        evaluation = self.task.evaluate(self.engine.forward, self.engine, "validation")
         self.engine.model.train()
-        return classification_metrics(logits, split.labels)
+        return evaluation.metrics
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluate on the validation split; export the weights when the watched metric is the best so far. Collective."""
         progress, name = self.progress, self.config.train.metric
         progress.evaluated_step = progress.step
-        metrics = self.evaluate(self.data.validation)
+        metrics = self.evaluate()
         is_best = progress.best_metric is None or is_better(name, metrics[name], progress.best_metric)
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
         self.metric = metrics[name]
@@ -273,26 +286,6 @@ class Trainer:
             self.output.report(progress)
 
 
-def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
-    if train.max_steps is not None:
-        return train.max_steps
-    assert train.num_epochs is not None, "TrainConfig checks that one of them is set"
-    return math.ceil(train.num_epochs * steps_per_epoch)
-
-
 def count_targets(batch: dict[str, Tensor]) -> int:
-    """Examples of a CPU batch that count in the loss."""
+    """Examples or tokens of a CPU batch that count in the loss."""
     return int((batch["labels"] != IGNORED).sum())
-
-
-def is_better(name: str, value: float, best: float) -> bool:
-    """Whether a metric improved; a loss improves by falling, and anything is better than nan."""
-    if math.isnan(best):
-        return True
-    return value < best if name == "loss" else value > best
-
-
-def hash_seed(seed: int, rank: int) -> int:
-    """A seed for the dropout of one rank."""
-    return (seed * 1_000_003 + rank) % 2**63

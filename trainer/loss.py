@@ -18,3 +18,15 @@ def classification_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """How many targets have their highest logit at the label: a scalar, int64. Local to the rank."""
     return (logits.argmax(dim=-1) == labels).sum()
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every token, in fp32.
+
+    logits: (B, T, V) any float dtype; labels: (B, T) int64, already shifted: the token after each position; -100 where not a target.
+    Returns (B, T) fp32, 0.0 where there is no target. Local to the rank: no collective.
+    """
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(labels.shape)

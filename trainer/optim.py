@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.backend.wrap import repeated_blocks
-from trainer.config import RunConfig
+from trainer.config import RunConfig, TrainConfig
 from trainer.model.heads import encoder_of, head_parameters, without_adapter
 
 DEFAULT_PEAK_LR = {"full": 2e-5, "head": 1e-3, "lora": 3e-4}
@@ -38,6 +38,14 @@ def lr_at(
     peak_step = max(warmup_steps - 1, 0)
     progress = (step - peak_step) / max(total_steps - 1 - peak_step, 1)
     return peak * (min_lr_fraction + (1.0 - min_lr_fraction) * shape_at(min(progress, 1.0), schedule))
+
+
+def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.num_epochs is not None, "TrainConfig checks that one of them is set"
+    return math.ceil(train.num_epochs * steps_per_epoch)
 
 
 def lr_of_step(step: int, total_steps: int, config: RunConfig) -> float:

@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.backend import Engine
 from trainer.checkpoint.resume import OUTCOME
 from trainer.config import RunConfig
-from trainer.data.classify import ClassificationSet, Split
 from trainer.errors import SamestepError
-from trainer.evaluate import evaluate_logits
 from trainer.faults import fault_point
 from trainer.log import RunLog, lock_run_folder, start_run_folder, write_summary
-from trainer.metrics import classification_metrics, confusion
 from trainer.model.export import adapter_settings, export_model, is_adapter, load_exported
-from trainer.plots import plot_confusion, plot_curves
+from trainer.plots import plot_curves
 from trainer.resolve import config_to_yaml
 from trainer.run_folder import INFO_FILE
+from trainer.task import Evaluation, Task
 
 if TYPE_CHECKING:
     from trainer.progress import Progress
@@ -37,11 +35,9 @@ if TYPE_CHECKING:
 class RunOutput:
     """The run directory of one run. Every rank makes one."""
 
-    def __init__(
-        self, config: RunConfig, engine: Engine, data: ClassificationSet, num_steps: int, *, is_fresh: bool
-    ) -> None:
+    def __init__(self, config: RunConfig, engine: Engine, task: Task, num_steps: int, *, is_fresh: bool) -> None:
         """Start the folder, config.yaml first; for a fresh run an earlier one of this name is moved aside. Collective."""
-        self.config, self.engine, self.data = config, engine, data
+        self.config, self.engine, self.task = config, engine, task
         self.is_main, self.folder, self.is_fresh = engine.rank == 0, config.folder, is_fresh
         self.lock: FileLock | None = None
         self.on_rank_0(self.start_folder)
@@ -107,14 +103,17 @@ class RunOutput:
         if self.is_main:
             self.write_outcome("failed", progress)
 
-    def small_files(self) -> dict[str, bytes]:
-        """What a checkpoint needs to become a Hugging Face model again: config.json, and for an adapter its adapter_config.json."""
+    def small_files(self, step: int) -> dict[str, bytes]:
+        """What a checkpoint needs to become a Hugging Face model again: settings of model, adapter and task."""
         if not self.is_main:
             return {}
-        files = {"config.json": cast(Any, self.engine.module).config.to_json_string(use_diff=False)}
+        files = {
+            "config.json": cast(Any, self.engine.module).config.to_json_string(use_diff=False),
+            INFO_FILE: json.dumps(self.describe_model(step), indent=1),
+        }
         if is_adapter(self.engine.module):
             files["adapter_config.json"] = json.dumps(adapter_settings(self.engine.module), indent=1)
-        return {name: text.encode() for name, text in files.items()}
+        return {name: text.encode() for name, text in files.items()} | self.task.tokenizer_files()
 
     def write_outcome(self, outcome: str, progress: "Progress") -> None:
         """Rank 0: how this start ended, for whoever starts the run again."""
@@ -151,7 +150,7 @@ class RunOutput:
     def eval_metrics(self, step: int, metrics: Mapping[str, float], *, is_best: bool) -> None:
         """One line of validation metrics."""
         self.log.record({f"eval/{name}": value for name, value in metrics.items()}, step)
-        words = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "accuracy", "f1"))
+        words = "  ".join(f"{name} {metrics[name]:.4f}" for name in self.task.shown_metrics)
         self.log.say(f"step {step}: validation {words}" + ("  (best so far, exported)" if is_best else ""))
 
     def export(self, step: int) -> None:
@@ -167,7 +166,7 @@ class RunOutput:
         """Rank 0: write the model beside the old one, then change places."""
         fresh, old = self.folder / ".model-new", self.folder / ".model-old"
         shutil.rmtree(fresh, ignore_errors=True)
-        export_model(self.engine.module, state, self.data.tokenizer, fresh, self.describe_model(step))
+        export_model(self.engine.module, state, self.task.tokenizer, fresh, self.describe_model(step))
         if self.model_folder.exists():
             shutil.rmtree(old, ignore_errors=True)  # left by a kill in its removal
             self.model_folder.rename(old)
@@ -188,41 +187,33 @@ class RunOutput:
             "task": self.config.model.task,
             "method": self.config.method.name,
             "base": self.config.model.source,
-            "label_names": list(self.data.label_names),
-            "max_length": self.config.data.max_length,
+            **self.task.model_info(),
             "step": step,
         }
 
     def report(self, progress: "Progress") -> None:
         """Test the exported model, write plots, summary and outcome, and say where everything is. Collective."""
-        split_name = "test" if self.data.test is not None else "validation"
-        split = self.data.test if self.data.test is not None else self.data.validation
-        logits = self.logits_of_exported(split)
-        metrics = classification_metrics(logits, split.labels)
-        elapsed_s = time.perf_counter() - self.started
+        task, split_name = self.task, self.task.report_split
+        model, _, _ = load_exported(self.model_folder)
+        model.to(self.engine.device).eval()
+        evaluation = task.evaluate(lambda inputs: model(**inputs), self.engine, split_name)
+        metrics, elapsed_s = evaluation.metrics, time.perf_counter() - self.started
         if self.is_main:
-            prefix = "test" if self.data.test is not None else "eval"
+            prefix = "test" if split_name == "test" else "eval"
             self.log.record(
                 {f"{prefix}/{name}": value for name, value in metrics.items()} | {"best_step": progress.best_step},
                 progress.step,
             )
-            matrix = confusion(logits, split.labels, len(self.data.label_names))
-            self.draw(matrix)
+        self.on_rank_0(lambda: self.draw(model, evaluation))
+        if self.is_main:
             write_summary(self.folder / "summary.md", self.facts(progress, split_name, metrics, elapsed_s))
             self.write_outcome("finished", progress)
             self.log.say(self.closing_words(progress, split_name, metrics, elapsed_s))
 
-    def logits_of_exported(self, split: Split) -> np.ndarray:
-        """Logits of the exported model, opened from disk by transformers and PEFT alone. Collective."""
-        model, _, _ = load_exported(self.model_folder)
-        model.to(self.engine.device).eval()
-        batch_size = self.config.train.eval_batch_size
-        return evaluate_logits(lambda inputs: model(**inputs), self.data, split, self.engine, batch_size=batch_size)
-
-    def draw(self, matrix: np.ndarray) -> None:
-        """curves.png and confusion.png."""
+    def draw(self, model: nn.Module, evaluation: Evaluation) -> None:
+        """Rank 0: curves.png, and what the task adds."""
         plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        plot_confusion(matrix, self.data.label_names, self.folder / "confusion.png")
+        self.task.write_report(self.folder, model, evaluation)
 
     def facts(
         self, progress: "Progress", split_name: str, metrics: Mapping[str, float], elapsed_s: float
@@ -247,7 +238,7 @@ class RunOutput:
     ) -> str:
         """The last lines of a run."""
         kind = "adapter" if self.config.method.name == "lora" else "model"
-        numbers = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "count")
         return (
             f"{split_name} ({int(metrics['count'])} examples, exported {kind} of step {progress.best_step}): {numbers}\n"
             f"trained {progress.step} steps in {elapsed_s:.0f} s\n"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.data.batches import IGNORED
-from trainer.data.classify import ClassificationSet, Split
+from trainer.task import Task
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -27,16 +27,16 @@ HIDDEN_EVERY = 4  # sample ids divisible by this lose their label
 
 @dataclass(frozen=True)
 class PartlyUnlabelled:
-    """A data set whose ranks hold unequal numbers of targets: every id divisible by HIDDEN_EVERY has no label."""
+    """A task whose ranks hold unequal numbers of targets: every sample whose id is divisible by HIDDEN_EVERY has none."""
 
-    inner: ClassificationSet
+    inner: Task
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def collate(self, split: Split, ids: np.ndarray) -> dict[str, Tensor]:
+    def training_batch(self, ids: np.ndarray) -> dict[str, Tensor]:
         """The inner batch with labels hidden."""
-        batch = self.inner.collate(split, ids)
+        batch = self.inner.training_batch(ids)
         if len(ids):
             batch["labels"][torch.from_numpy(ids % HIDDEN_EVERY == 0)] = IGNORED
         return batch
@@ -46,7 +46,7 @@ def record_probe(trainer: "Trainer") -> None:
     """Run `probe.steps` steps and write what they did. Collective."""
     probe, engine = trainer.config.probe, trainer.engine
     assert probe is not None
-    trainer.data = PartlyUnlabelled(trainer.data)  # type: ignore[assignment]
+    trainer.task = PartlyUnlabelled(trainer.task)
     engine.model.eval()
     before = snapshot(engine.weights(trainable_only=True))
     gradients: dict[str, Tensor] = {}

@@ -4,9 +4,12 @@
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
+
+COUNT = "count/"
 
 
 @dataclass
@@ -14,20 +17,29 @@ class Window:
     """Sums of this rank since the last log line."""
 
     loss_sum: Tensor | float = 0.0
-    num_correct: Tensor | int = 0
     num_targets: int = 0
     num_samples: int = 0
     elapsed_s: float = 0.0
+    counts: dict[str, Tensor | float] = field(default_factory=dict)
+    """The task's own, by name; replaced, never changed in place."""
 
-    def numbers(self) -> list[float]:
-        """The sums as numbers, in the order of the fields."""
-        return [float(getattr(self, part.name)) for part in fields(self)]
+    def add_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """One micro-batch more."""
+        self.counts = {name: self.counts.get(name, 0.0) + count for name, count in counts.items()}
+
+    def numbers(self) -> dict[str, float]:
+        """The sums by name, the task's own as count/NAME."""
+        own = {part.name: float(getattr(self, part.name)) for part in fields(self) if part.name != "counts"}
+        return own | {f"{COUNT}{name}": float(count) for name, count in self.counts.items()}
 
     @classmethod
-    def from_numbers(cls, numbers: list[float]) -> "Window":
+    def from_numbers(cls, numbers: Mapping[str, float]) -> "Window":
         """The reverse of `numbers`."""
-        loss_sum, num_correct, num_targets, num_samples, elapsed_s = numbers
-        return cls(loss_sum, int(num_correct), int(num_targets), int(num_samples), elapsed_s)
+        counts: dict[str, Tensor | float] = {
+            name.removeprefix(COUNT): count for name, count in numbers.items() if name.startswith(COUNT)
+        }
+        targets, samples = int(numbers["num_targets"]), int(numbers["num_samples"])
+        return cls(numbers["loss_sum"], targets, samples, numbers["elapsed_s"], counts)
 
 
 @dataclass
@@ -73,11 +85,7 @@ class Progress(Counters):
     def forget_step(self) -> None:
         """Take the step's loss out of the sums for the next log line."""
         window, before = self.window, self.window_before
-        window.loss_sum, window.num_correct, window.num_targets = (
-            before.loss_sum,
-            before.num_correct,
-            before.num_targets,
-        )
+        window.loss_sum, window.num_targets, window.counts = before.loss_sum, before.num_targets, before.counts
 
     def counters(self) -> Counters:
         """What a checkpoint keeps."""
@@ -87,3 +95,10 @@ class Progress(Counters):
     def restored(cls, counters: Counters) -> "Progress":
         """The reverse of `counters`."""
         return cls(**vars(counters))
+
+
+def is_better(name: str, value: float, best: float) -> bool:
+    """Whether a metric improved; a loss improves by falling, and anything is better than nan."""
+    if math.isnan(best):
+        return True
+    return value < best if name == "loss" else value > best

@@ -18,6 +18,10 @@ INFO_FILE = "samestep.json"
 """In an exported model's folder: what prediction needs to know."""
 
 
+USE = {"clm": "open it with transformers' AutoModelForCausalLM.from_pretrained"}
+"""How an exported model of another task is used."""
+
+
 def find_exported(path: Path) -> Path:
     """The folder of an exported model: `path` itself or the model folder in it. CheckpointError says what lacks."""
     if (path / INFO_FILE).is_file():
@@ -37,11 +41,15 @@ def _checked(folder: Path) -> Path:
     file = folder / INFO_FILE
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        missing = [name for name in ("base", "label_names", "max_length") if name not in info]
+        missing = [name for name in ("task", "base") if name not in info]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; take the model folder from its run again")
+    if info["task"] != "classification":
+        raise CheckpointError(
+            f"{folder} holds a model of task {info['task']}, and predict is for classification; {USE[info['task']]}"
+        )
     return folder
 
 

@@ -55,6 +55,7 @@ from trainer.model.export import export_model
 from trainer.model.load import build_model
 from trainer.optim import build_optimizer
 from trainer.predict import load_predictor
+from trainer.task.classification import ClassificationTask
 
 PARTS = ("speed", "predict", "ddp")
 NUM_SENTENCES = 1000
@@ -254,7 +255,9 @@ def samestep_accuracy(job: Job) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = job.config.model_copy(update={"run_dir": Path(folder) / "run"})
         accelerator, data = set_up(replace(job, config=config))
-        Trainer(config, accelerator, build_model(config, data.label_names, accelerator), data).fit()
+        Trainer(
+            config, accelerator, build_model(config, data.label_names, accelerator), ClassificationTask(config, data)
+        ).fit()
         last = (config.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return float(json.loads(last)["test/accuracy"])
 

@@ -26,6 +26,7 @@ from trainer.config import RunConfig
 from trainer.data.classify import ClassificationSet, Split, build_data
 from trainer.loop import Trainer
 from trainer.model.load import build_model
+from trainer.task.classification import ClassificationTask
 
 WARM_UP = 5
 """Steps that every contestant takes before the clock starts."""
@@ -156,7 +157,12 @@ def samestep_seconds(job: Job) -> float:
 def build_trainer(job: Job) -> Trainer:
     """Everything as the recipe does it, before `fit`."""
     accelerator, data = set_up(job)
-    return Trainer(job.config, accelerator, build_model(job.config, data.label_names, accelerator), data)
+    return Trainer(
+        job.config,
+        accelerator,
+        build_model(job.config, data.label_names, accelerator),
+        ClassificationTask(job.config, data),
+    )
 
 
 def time_trainer(trainer: Trainer) -> float:
@@ -167,4 +173,4 @@ def time_trainer(trainer: Trainer) -> float:
         trainer.progress.step = number
         trainer.train_step()
 
-    return time_steps(step, trainer.steps_per_epoch, trainer.accelerator.device)
+    return time_steps(step, trainer.task.steps_per_epoch, trainer.accelerator.device)

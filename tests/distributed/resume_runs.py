@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tests.rank_pool import run_ranks
 from trainer.backend import build_accelerator
 from trainer.config import ClassificationData, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.data.classify import build_data
 from trainer.errors import AlreadyFinished, SamestepError
 from trainer.loop import Trainer
 from trainer.model.load import build_model
+from trainer.task import build_task
 
 NUM_STEPS = 9
 """Of a run: 7 steps are an epoch of the 112 sentences that are trained on, in batches of 16."""
@@ -34,11 +35,12 @@ def make_config(root: Path, run: Path, *, method: str = "full", **train: Any) ->
 
 def train(config: RunConfig) -> dict[str, Any]:
     """One start of the recipe on this rank; what it saw, errors of the user included."""
-    facts: dict[str, Any] = {"error": None, "losses": {}, "ids": {}}
+    facts: dict[str, Any] = {"error": None, "losses": {}, "ids": {}, "rows": {}}
     try:
         accelerator = build_accelerator(config)
-        data = build_data(config, accelerator)
-        trainer = Trainer(config, accelerator, build_model(config, data.label_names, accelerator), data)
+        task = build_task(config, accelerator)
+        model = build_model(config, task.label_names, accelerator, vocab_size=task.vocab_size)
+        trainer = Trainer(config, accelerator, model, task)
         note_steps(trainer, facts)
         trainer.fit()
         facts["step"] = trainer.progress.step
@@ -52,7 +54,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def note_steps(trainer: Trainer, facts: dict[str, Any]) -> None:
-    """Note every step's own loss on this rank and its sample ids."""
+    """Note every step's own loss on this rank, its sample ids, and the tokens that the model got."""
     take_step = trainer.train_step
 
     def and_note() -> None:
@@ -60,7 +62,16 @@ def note_steps(trainer: Trainer, facts: dict[str, Any]) -> None:
         take_step()
         facts["losses"][step] = float(trainer.progress.window.loss_sum) - before
         facts["ids"][step] = trainer.global_batch(step).tolist()
+        facts["rows"][step] = [row for batch in read.pop(step) for row in batch["input_ids"].tolist()]
 
+    read: dict[int, list[dict[str, Tensor]]] = {}
+    micro_batches_of_step = trainer.micro_batches_of_step
+
+    def read_step(step: int) -> list[dict[str, Tensor]]:
+        read[step] = micro_batches_of_step(step)
+        return read[step]
+
+    trainer.micro_batches_of_step = read_step  # type: ignore[method-assign]
     trainer.train_step = and_note  # type: ignore[method-assign]
 
 
@@ -84,4 +95,4 @@ def same_weights(one: dict[str, Any], two: dict[str, Any]) -> bool:
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.endswith("_per_s")} for line in lines]

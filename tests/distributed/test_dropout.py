@@ -7,10 +7,10 @@ from tests.rank_pool import run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.backend import build_accelerator
 from trainer.config import ClassificationData, FullConfig, ModelConfig, ProbeConfig, RunConfig, TrainConfig
-from trainer.data.classify import build_data
 from trainer.loop import Trainer
 from trainer.model.dropout import FastDropout
 from trainer.model.load import build_model
+from trainer.task import build_task
 
 
 def watch(folder: Path, probe: bool) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def watch(folder: Path, probe: bool) -> dict[str, Any]:
         probe=ProbeConfig(folder=folder / "probe", steps=2) if probe else None,
     )
     accelerator = build_accelerator(config)
-    data = build_data(config, accelerator)
-    model = build_model(config, data.label_names, accelerator)
+    task = build_task(config, accelerator)
+    model = build_model(config, task.label_names, accelerator)
     seen: dict[str, Any] = {"training": [], "kept": []}
     first = next(module for module in model.modules() if isinstance(module, FastDropout))
 
@@ -35,7 +35,7 @@ def watch(folder: Path, probe: bool) -> dict[str, Any]:
         seen["kept"].append((output[0, 0] != 0).int().tolist())
 
     first.register_forward_hook(note)
-    Trainer(config, accelerator, model, data).fit()
+    Trainer(config, accelerator, model, task).fit()
     return seen
 
 

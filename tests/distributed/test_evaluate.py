@@ -1,6 +1,7 @@
 """Evaluation counts each example once, under any number of ranks, and gives the numbers of scikit-learn on the whole split."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.config import FullConfig, RunConfig, TrainConfig
 from trainer.data.classify import ClassificationSet, Split
 from trainer.evaluate import evaluate_logits
 from trainer.loop import Trainer
+from trainer.task.classification import ClassificationTask
 
 NUM_EXAMPLES, NUM_CLASSES, PAD = 1511, 3, 0  # 1511 is prime: no number of ranks or batch size divides it
 METRICS = {"loss", "accuracy", "precision", "recall", "f1", "count"}
@@ -63,8 +65,11 @@ def measure(counts: tuple[int, ...], eval_batch_size: int) -> dict[str, Any]:
     splits = {count: split_of(count) for count in counts}
     first = splits[counts[0]]
     data = ClassificationSet(first, first, None, ("a", "b", "c"), tokenizer=None, pad_token_id=PAD)  # type: ignore[arg-type]
-    trainer = Trainer(config, accelerator, model(), data)
-    metrics = {count: trainer.evaluate(split) for count, split in splits.items()}
+    trainer = Trainer(config, accelerator, model(), ClassificationTask(config, data))
+    metrics = {}
+    for count, split in splits.items():
+        trainer.task = ClassificationTask(config, replace(data, validation=split))
+        metrics[count] = trainer.evaluate()
     training = trainer.engine.model.training
     trainer.engine.model.eval()
     logits = evaluate_logits(trainer.engine.forward, data, first, trainer.engine, batch_size=eval_batch_size)

@@ -18,13 +18,13 @@ from tests.tiny import tiny_bert, tiny_sentences
 from trainer import loop
 from trainer.backend import build_accelerator
 from trainer.config import ClassificationData, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.data.classify import build_data
 from trainer.errors import SamestepError
 from trainer.evaluate import evaluate_logits
 from trainer.loop import Trainer
 from trainer.loss import classification_loss_sum
 from trainer.model.load import build_model
 from trainer.stop import SIGNALS, STOP_FILE
+from trainer.task import build_task
 
 TRAIN_LINE = {"step", "epoch", "train/loss", "train/accuracy", "train/lr", "train/grad_norm", "samples_per_s"}
 MEASURES = {"loss", "accuracy", "precision", "recall", "f1", "count"}
@@ -71,10 +71,10 @@ def train(runs: list[tuple[RunConfig, Change | None]]) -> list[dict[str, Any]]:
     handlers = [signal.getsignal(number) for number in SIGNALS]
     seen = []
     for config, change in runs:
-        data = build_data(config, accelerator)
-        model = build_model(config, data.label_names, accelerator)
+        task = build_task(config, accelerator)
+        model = build_model(config, task.label_names, accelerator)
         accelerator.free_memory()
-        trainer = Trainer(config, accelerator, model, data)
+        trainer = Trainer(config, accelerator, model, task)
         written = writes_below(config.folder)
         loop.classification_loss_sum = classification_loss_sum
         if change is not None:
@@ -85,7 +85,7 @@ def train(runs: list[tuple[RunConfig, Change | None]]) -> list[dict[str, Any]]:
         except SamestepError as raised:
             error = f"{type(raised).__name__}: {raised}"
         facts = {name: getattr(trainer.progress, name) for name in ("step", "best_step", "num_skipped")}
-        facts |= {"error": error, "written": list(written), "validation": data.validation}
+        facts |= {"error": error, "written": list(written), "validation": task.data.validation}
         facts |= {"restored": [signal.getsignal(number) for number in SIGNALS] == handlers}
         seen.append(facts | getattr(trainer, "noted", {}))
     return seen
@@ -190,9 +190,9 @@ def ruin_after(number: int, trainer: Trainer) -> None:
     def and_note() -> None:
         evaluate_and_keep_best()
         if trainer.progress.best_step == trainer.progress.step:
-            engine, split = trainer.engine, trainer.data.validation
+            engine, split = trainer.engine, trainer.task.data.validation
             engine.model.eval()
-            trainer.noted["logits"] = evaluate_logits(engine.forward, trainer.data, split, engine, batch_size=5)  # type: ignore[attr-defined]
+            trainer.noted["logits"] = evaluate_logits(engine.forward, trainer.task.data, split, engine, batch_size=5)  # type: ignore[attr-defined]
             engine.model.train()
 
     trainer.evaluate_and_keep_best = and_note  # type: ignore[method-assign]

@@ -23,10 +23,10 @@ from trainer.config import (
     RunConfig,
     TrainConfig,
 )
-from trainer.data.classify import build_data
 from trainer.loop import Trainer
 from trainer.model.load import build_model
 from trainer.probe import HIDDEN_EVERY
+from trainer.task import build_task
 
 BATCH = 24
 
@@ -56,14 +56,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def record(config: RunConfig, folders: list[Path], faults: list[str | None]) -> None:
     """One probe per fault in the same process group; runs on every rank."""
     accelerator = build_accelerator(config)
-    data = build_data(config, accelerator)
+    task = build_task(config, accelerator)
     for folder, fault in zip(folders, faults, strict=True):
         probed = config.model_copy(update={"probe": ProbeConfig(folder=folder, steps=config.probe.steps)})
         torch.manual_seed(0)
-        model = build_model(probed, data.label_names, accelerator)
+        model = build_model(probed, task.label_names, accelerator)
         plain = copy.deepcopy(model)
         accelerator.free_memory()
-        trainer = Trainer(probed, accelerator, model, data)
+        trainer = Trainer(probed, accelerator, model, task)
         if fault is not None:
             FAULTS[fault](trainer, plain)
         trainer.fit()

@@ -4,28 +4,36 @@ Saved: the trainable weights and their moments (each rank's share), the optimize
 best metric, the random number generators and open sums of every rank, the settings, and digests of base model and data.
 """
 
-import json
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from trainer.backend import Engine, SideGroup, library_versions
+from trainer.backend import Engine, Piece, SideGroup, library_versions
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_json, read_manifest
-from trainer.checkpoint.randomness import read_generators, seed_generators, write_generators
+from trainer.checkpoint.belongs import check_identity, check_names, check_ranks
+from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_manifest
+from trainer.checkpoint.own import (
+    SAME_ON_ALL,
+    TASK,
+    WINDOW,
+    bytes_tensor,
+    read_generators,
+    read_window,
+    seed_generators,
+    topology_seed,
+    window_tensors,
+    write_generators,
+)
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.saver import Save, Saver
-from trainer.checkpoint.shards import ShardReader, image_of, is_tensor_file, shard_name
+from trainer.checkpoint.shards import ShardImage, ShardReader, image_of, is_tensor_file, shard_name
 from trainer.checkpoint.snapshot import Snapshots, owned_pieces
-from trainer.checkpoint.state import TrainingState
+from trainer.checkpoint.state import TrainingState, read_state
 from trainer.config import RunConfig
-from trainer.data.batches import random_words
 from trainer.errors import CheckpointError, DivergedError
-from trainer.progress import Progress, Window
+from trainer.progress import Progress
 
 
 class DamagedError(Exception):
@@ -58,19 +66,24 @@ class Checkpointer:
         )
         self.snapshots = Snapshots()
         self.saved_step = -1
+        self.rank_state = b""
+        """The task's, of the checkpoint that was restored last."""
 
     # Saving
 
-    def save(self, progress: Progress, small_files: Mapping[str, bytes], *, metric: float | None) -> None:
-        """Copy the state and return; writing goes on in the background. Waits for the save before, whose failure it raises."""
+    def save(
+        self, progress: Progress, small_files: Mapping[str, bytes], *, metric: float | None, rank_state: bytes = b""
+    ) -> None:
+        """Copy the state and return; writing goes on in the background. Waits for the save before, whose failure it raises.
+
+        rank_state: what the task on this rank needs to read on, where that is no function of the step.
+        """
         self.wait()
         engine, rank, world_size = self.engine, self.engine.rank, self.engine.world_size
         pieces = engine.local_state()
         shapes = {piece.key: list(piece.shape) for piece in pieces}
-        if engine.is_replicated:
-            pieces = list(owned_pieces(pieces, rank, world_size))
-        images = self.snapshots.take([piece for piece in pieces if piece.values.numel()])
-        own = image_of({"window": window_tensor(progress.window)} | read_generators())
+        images = self.snapshot(pieces)
+        own = image_of(window_tensors(progress.window) | read_generators() | bytes_tensor(rank_state))
         state = self.describe(progress)
         files = {} if rank else {STATE: state.model_dump_json(indent=1).encode(), **small_files}
         header = Manifest(
@@ -87,6 +100,12 @@ class Checkpointer:
         )
         self.saver.start(Save(header, shapes, images | {"rank": own}, files, progress.best_step))
         self.saved_step = progress.step
+
+    def snapshot(self, pieces: list[Piece]) -> dict[str, ShardImage]:
+        """Copies of this rank's part of the state, by kind of file."""
+        if self.engine.is_replicated:
+            pieces = list(owned_pieces(pieces, self.engine.rank, self.engine.world_size))
+        return self.snapshots.take([piece for piece in pieces if piece.values.numel()])
 
     def describe(self, progress: Progress) -> TrainingState:
         """state.json."""
@@ -124,6 +143,10 @@ class Checkpointer:
             store.remove_leftovers(self.root)
 
         self.side.on_rank_0(act)
+
+    def prepare(self) -> None:
+        """Take the memory for snapshots now: fresh memory is slow, and no step should wait for it."""
+        self.snapshot(self.engine.local_state())
 
     def restore(self, start: Start) -> Progress:
         """Load the newest good checkpoint of `start`, the newest first.
@@ -187,7 +210,8 @@ class Checkpointer:
             manifest = read_manifest(folder)
             state = read_state(folder)
             progress = Progress.restored(state.counters)
-            self.check_belongs(folder, state)
+            check_identity(folder, state, self.identity, self.config)
+            check_ranks(folder, manifest, self.engine.world_size)
             if state.counters.step != manifest.step:
                 raise CheckpointError(f"{folder}: its state is of step {state.counters.step}, not {manifest.step}")
         except CheckpointError as error:
@@ -212,19 +236,6 @@ class Checkpointer:
         if problems:
             raise kind(problems[0])
 
-    def check_belongs(self, folder: Path, state: TrainingState) -> None:
-        """CheckpointError where base model or data are not those of this run."""
-        if state.identity.get("base") != self.identity.get("base"):
-            raise CheckpointError(
-                f"{folder} was trained on another base model than model.source ({self.config.model.source}) is now; "
-                "give the base it was trained on, or set train.resume=never"
-            )
-        if state.identity.get("data") != self.identity.get("data"):
-            raise CheckpointError(
-                f"{folder} was trained on other data than data.source ({self.config.data.source}) holds now; "
-                "give the same data, or set train.resume=never"
-            )
-
     def load_tensors(self, folder: Path, manifest: Manifest) -> None:
         """Fill this rank's pieces, each from the ranges of whatever ranks wrote it. The ranks share out which files they hash."""
         pieces = self.engine.local_state()
@@ -238,7 +249,8 @@ class Checkpointer:
             reader = ShardReader(folder, files)
             for key, shape in wanted.items():
                 reader.check_tiling(key, shape)
-            reader.fill(pieces, {name: manifest.files[name].blake3 for name in own})
+            hashes = {name: manifest.files[name].blake3 for name in own}
+            reader.fill(pieces, hashes, shared=self.engine.is_replicated)
         except (CheckpointError, OSError) as error:
             problem = str(error)
         self.raise_together(problem, DamagedError)
@@ -249,48 +261,20 @@ class Checkpointer:
         windows, own = [], dict[str, Tensor]()
         for rank in range(manifest.world_size):
             reader = ShardReader(folder, [shard_name("rank", rank, manifest.world_size)])
-            windows.append(reader.whole("window").tolist())
+            windows.append({key: float(reader.whole(key)) for key in reader.ranges if key.startswith(WINDOW)})
             if rank == engine.rank:
                 own = {key: reader.whole(key) for key in reader.ranges if key.startswith("rng/")}
+                self.rank_state = bytes(reader.whole(TASK).tolist()) if TASK in reader.ranges else b""
         same = (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size)
         if all(self.side.all_gather(same and own.keys() == read_generators().keys())):  # not from GPU to CPU
-            progress.window = Window.from_numbers(windows[engine.rank])
+            progress.window = read_window(windows[engine.rank])
             write_generators(own)
             return
         if engine.rank == 0:  # the sums of all ranks, by one of them
-            sums = [sum(column) for column in zip(*windows, strict=True)]
-            progress.window = Window.from_numbers([*sums[:3], windows[0][3], windows[0][4]])
+            sums = {key: sum(window[key] for window in windows) for key in windows[0]}
+            progress.window = read_window(sums | {key: windows[0][key] for key in SAME_ON_ALL})
         seed_generators(topology_seed(self.config.train.seed, progress.step, engine.rank))
         self.say(
             f"saved by {manifest.backend} on {manifest.world_size}, continued by {engine.backend} on {engine.world_size}: weights, "
             "moments and sample order are exact, dropout draws anew from (seed, step, rank)"
         )
-
-
-def check_names(folder: Path, wanted: Mapping[str, list[int]], stored: Mapping[str, list[int]]) -> None:
-    """CheckpointError unless the model's trainable tensors and the checkpoint's are the same, in name and shape."""
-    for key in sorted(wanted.keys() ^ stored.keys()):
-        lacks = f"{folder} lacks {key}" if key in wanted else f"{folder} holds {key}, which this model does not train"
-        raise CheckpointError(f"{lacks}; it belongs to another model or method")
-    for key, shape in wanted.items():
-        if list(stored[key]) != list(shape):
-            raise CheckpointError(f"{folder}: {key} has shape {tuple(stored[key])}, but the model's has {tuple(shape)}")
-
-
-def read_state(folder: Path) -> TrainingState:
-    """state.json; CheckpointError where it is none."""
-    try:
-        return TrainingState.model_validate_json(json.dumps(read_json(folder / STATE)))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(f"{folder / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def window_tensor(window: Window) -> Tensor:
-    """A rank's open sums as a flat float64 tensor."""
-    return torch.tensor(window.numbers(), dtype=torch.float64)
-
-
-def topology_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for one rank of a run that continues under another topology."""
-    return int(random_words(1, seed, step, rank)[0] >> 1)

@@ -7,7 +7,7 @@ Invariant: what was written has been opened again: no tensor is missing, empty o
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
 
-from trainer.checkpoint.checkpointer import read_state
 from trainer.checkpoint.identity import base_identity
-from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.checkpoint.manifest import Manifest, read_json, read_manifest
 from trainer.checkpoint.shards import ShardReader
+from trainer.checkpoint.state import read_state
 from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoints, newest_good
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
@@ -55,24 +56,19 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
     shapes = {key.removeprefix(WEIGHT): shape for key, shape in manifest.tensors.items() if key.startswith(WEIGHT)}
     for name, shape in shapes.items():
         reader.check_tiling(WEIGHT + name, shape)
-    label_names = stored_labels(folder)
-    info = {
-        "task": config.model.task,
-        "method": config.method.name,
-        "base": config.model.source,
-        "label_names": label_names,
-        "max_length": config.data.max_length,
-    }
-    tokenizer = load_tokenizer(config.model)
+    info = read_json(folder / INFO_FILE)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(folder) if "tokenizer.json" in manifest.files else load_tokenizer(config.model)
+    )
     try:
         if config.method.name == "full":
-            check_model(folder, config, shapes, label_names)
+            check_model(folder, config, shapes)
             write_whole(reader, shapes, folder / "config.json", target, shard_bytes)
             tokenizer.save_pretrained(target)
             (target / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
             check_written(target, reader, shapes)
         else:
-            model = trained_parts(config, folder, manifest, label_names)
+            model = trained_parts(config, folder, manifest, info.get("label_names", ()))
             tensors = dict(read_weights(reader, shapes))
             if "adapter_config.json" not in manifest.files:
                 tensors = dict(model.named_parameters()) | tensors
@@ -83,9 +79,10 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
         raise
 
 
-def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]], label_names: list[str]) -> None:
+def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]]) -> None:
     """CheckpointError unless the checkpoint holds every parameter of the model that its settings name, from shapes alone."""
-    model = meta_model(config.model, load_architecture(config.model, label_names))
+    remote = config.model.trust_remote_code
+    model = meta_model(config.model, AutoConfig.from_pretrained(folder, trust_remote_code=remote))
     wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
     if wrong:
@@ -94,7 +91,7 @@ def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]]
         )
 
 
-def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_names: list[str]) -> nn.Module:
+def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_names: Sequence[str]) -> nn.Module:
     """What the tensors are put into: for an adapter the PEFT model without weights, for a trained head the base with its weights."""
     architecture = load_architecture(config.model, label_names)
     if "adapter_config.json" not in manifest.files:
@@ -104,12 +101,6 @@ def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_nam
     settings = peft.PeftConfig.from_pretrained(str(folder))
     with torch.device("meta"):
         return peft.get_peft_model(meta_model(config.model, architecture), settings)
-
-
-def stored_labels(folder: Path) -> list[str]:
-    """Class names by id, from the checkpoint's config.json."""
-    names = json.loads((folder / "config.json").read_bytes())["id2label"]
-    return [names[str(number)] for number in range(len(names))]
 
 
 def read_weights(reader: ShardReader, shapes: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,11 +1,10 @@
-"""What a checkpoint belongs to: the frozen weights under an adapter, and the training data. Local to the rank; no collective.
+"""The frozen weights that a checkpoint of an adapter belongs to, as a short digest. Local to the rank; no collective.
 
-Both are short digests. A base model is recognised by a sample of every frozen tensor, so that a model of many gigabytes costs
+A base model is recognised by a sample of every frozen tensor, so that a model of many gigabytes costs
 milliseconds; two different trainings of one architecture differ in all of them.
 """
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +23,3 @@ def base_identity(model: nn.Module) -> str | None:
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if num_frozen else None
-
-
-def data_identity(split: Any) -> str:
-    """Digest of the tokens, lengths and labels that are trained on."""
-    digest = hashlib.sha256()
-    for array in (split.tokens, split.offsets, split.labels):
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -14,11 +14,11 @@ from typing import Annotated, Any, BinaryIO, Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from trainer.checkpoint.direct import read_direct
+from trainer.checkpoint.direct import read_chunks
 from trainer.errors import CheckpointError
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FILE_NAME = r"(weights|optimizer|rank)-\d{5}-of-\d{5}\.safetensors|state\.json|config\.json|adapter_config\.json"
+FILE_NAME = r"(weights|optimizer|rank)-\d{5}-of-\d{5}\.safetensors|(state|config|adapter_config|samestep|tokenizer|tokenizer_config)\.json"
 LARGEST_JSON = 64 * 2**20  # bytes; a bigger manifest or state was not written by us
 
 FileName = Annotated[str, Field(pattern=f"^({FILE_NAME})$")]
@@ -117,7 +117,7 @@ def require_regular(path: Path) -> None:
 def hash_file(path: Path) -> FileEntry:
     """Size and BLAKE3 as they are on disk now."""
     digest, size = blake3(), 0
-    for chunk in read_direct(path):
+    for chunk in read_chunks(path):
         digest.update(chunk)
         size += len(chunk)
     return FileEntry(size=size, blake3=digest.hexdigest())

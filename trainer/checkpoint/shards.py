@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 from trainer.backend import Piece
-from trainer.checkpoint.direct import ALIGNMENT, read_direct, write_direct
+from trainer.checkpoint.direct import ALIGNMENT, read_chunks, write_direct
 from trainer.checkpoint.manifest import FileEntry
 from trainer.errors import CheckpointError
 
@@ -173,10 +172,10 @@ class ShardReader:
             raise CheckpointError(f"the checkpoint lacks {key}")
         return torch.cat([read_range(part) for part in parts])
 
-    def fill(self, pieces: Iterable[Piece], hashes: Mapping[str, str]) -> None:
-        """Fill live views, reading each file at most once, and check the files of `hashes` (name -> BLAKE3) on the way.
+    def fill(self, pieces: Iterable[Piece], hashes: Mapping[str, str], *, shared: bool) -> None:
+        """Fill live views, reading each file at most once, and check the files of `hashes` (name -> BLAKE3) on the way, these first.
 
-        CheckpointError for a file that was changed; then the views hold anything.
+        shared: all ranks read the same files. CheckpointError for a file that was changed; then the views hold anything.
         """
         copies: dict[Path, list[Copy]] = {}
         strided: list[tuple[Tensor, Tensor]] = []
@@ -191,10 +190,10 @@ class ShardReader:
                     offset = part.offset + (first - part.start) * part.dtype.itemsize
                     target = flat[first - piece.start : last - piece.start]
                     copies.setdefault(part.path, []).append(Copy(offset, part.dtype, target))
-        for path in self.paths:
+        for path in sorted(self.paths, key=lambda path: path.name not in hashes):  # ranks begin with different files
             stated = hashes.get(path.name)
             if stated is not None or path in copies:
-                stream_file(path, copies.get(path, []), stated)
+                stream_file(path, copies.get(path, []), stated, shared=shared)
         for values, flat in strided:
             values.copy_(flat.view(values.shape))
 
@@ -206,15 +205,19 @@ def flat_of(values: Tensor) -> Tensor | None:
 
 def read_range(part: Range) -> Tensor:
     """Its elements, as a fresh CPU tensor."""
-    content = np.fromfile(part.path, dtype=np.uint8, count=part.length * part.dtype.itemsize, offset=part.offset)
-    return torch.from_numpy(content).view(part.dtype)
+    values = torch.empty(part.length, dtype=part.dtype)
+    if part.length:
+        with part.path.open("rb") as file:
+            file.seek(part.offset)
+            file.readinto(cast(Any, values.view(torch.uint8).numpy()))
+    return values
 
 
-def stream_file(path: Path, copies: Iterable[Copy], stated: str | None) -> None:
+def stream_file(path: Path, copies: Iterable[Copy], stated: str | None, *, shared: bool) -> None:
     """Read a file once, from begin to end: copy what is wanted, and hash it where its hash is stated."""
     waiting = sorted(copies, key=lambda copy: copy.offset)
     digest, begin = blake3(), 0
-    for chunk in read_direct(path):
+    for chunk in read_chunks(path, shared=shared):
         end = begin + len(chunk)
         content = torch.frombuffer(chunk, dtype=torch.uint8)
         for copy in waiting:

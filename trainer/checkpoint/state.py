@@ -1,8 +1,13 @@
 """state.json: the scalars of a training state, checked when read."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import Strict
+from pydantic import ValidationError
+
+from trainer.checkpoint.manifest import STATE, Strict, read_json
+from trainer.errors import CheckpointError
 from trainer.progress import Counters
 
 
@@ -21,3 +26,12 @@ class TrainingState(Strict):
     """Digests of `base` (frozen weights; None without any) and `data`."""
     config: dict[str, Any]
     """The resolved settings of the run."""
+
+
+def read_state(folder: Path) -> TrainingState:
+    """state.json; CheckpointError where it is none."""
+    try:
+        return TrainingState.model_validate_json(json.dumps(read_json(folder / STATE)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(f"{folder / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

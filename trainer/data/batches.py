@@ -25,17 +25,18 @@ class GlobalBatches:
         """lengths: (N,) tokens per sample."""
         self.lengths, self.batch_size, self.seed, self.group_by_length = lengths, batch_size, seed, group_by_length
         self.per_epoch = math.ceil(len(lengths) / batch_size)
-        self._epoch, self._batches = -1, list[Ids]()
+        self._kept = (-1, list[Ids]())  # epoch and its batches, replaced at once: a thread may read ahead
 
     def at(self, step: int) -> Ids:
         """Sample ids of 0-based `step`."""
         epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._batches = epoch_batches(
+        kept, batches = self._kept
+        if epoch != kept:
+            batches = epoch_batches(
                 self.lengths, self.batch_size, self.seed, epoch, group_by_length=self.group_by_length
             )
-            self._epoch = epoch
-        return self._batches[position]
+            self._kept = (epoch, batches)
+        return batches[position]
 
 
 def epoch_batches(lengths: Ids, batch_size: int, seed: int, epoch: int, *, group_by_length: bool) -> list[Ids]:

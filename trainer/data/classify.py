@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.config import ClassificationData, RunConfig
+from trainer.config import ClassificationData, RunConfig, TrainConfig
 from trainer.data.batches import IGNORED, epoch_batches, micro_batches
 from trainer.data.samples import Samples, bad_rows_report, check_labels, label_set, read_samples
 from trainer.data.sources import read_named_split, read_source
@@ -108,6 +108,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     from trainer.model.load import load_architecture, load_tokenizer
 
     data = config.data
+    assert isinstance(data, ClassificationData), data.kind
     raw = read_splits(data)
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model, raw.label_names), "max_position_embeddings", None)
@@ -119,7 +120,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
         train.split, validation.split, test, raw.label_names, tokenizer, pad_token_id=tokenizer.pad_token_id
     )
     if accelerator.is_main_process:
-        announce(_describe(config, raw, built, train, world_size=accelerator.num_processes), is_main=True)
+        announce(_describe(config.train, data, raw, built, train, world_size=accelerator.num_processes), is_main=True)
     return built
 
 
@@ -180,11 +181,19 @@ def _describe_sources(tables: dict[str, Table], data: ClassificationData) -> tup
     return tuple(lines)
 
 
-def _describe(config: RunConfig, raw: RawSplits, built: ClassificationSet, train: Tokenized, *, world_size: int) -> str:
+def _describe(
+    settings: TrainConfig,
+    data: ClassificationData,
+    raw: RawSplits,
+    built: ClassificationSet,
+    train: Tokenized,
+    *,
+    world_size: int,
+) -> str:
     """What the data is, for the screen before training."""
-    batch_size, lengths = config.train.global_batch_size, built.train.lengths
-    batches = epoch_batches(lengths, batch_size, config.train.seed, 0, group_by_length=config.data.group_by_length)
-    padding = padding_share(lengths, batches[:BATCHES_LOOKED_AT], world_size, config.train.micro_batch_size)
+    batch_size, lengths = settings.global_batch_size, built.train.lengths
+    batches = epoch_batches(lengths, batch_size, settings.seed, 0, group_by_length=data.group_by_length)
+    padding = padding_share(lengths, batches[:BATCHES_LOOKED_AT], world_size, settings.micro_batch_size)
     last = f", the last of {len(batches[-1])}" if len(batches[-1]) < batch_size else ""
     splits = {"train": built.train, "validation": built.validation, "test": built.test}
     rows = [
@@ -194,7 +203,7 @@ def _describe(config: RunConfig, raw: RawSplits, built: ClassificationSet, train
             _split_table({name: split.labels for name, split in splits.items() if split is not None}, raw.label_names),
         ),
         ("batches", (f"{len(batches):,} global batches of {batch_size} per epoch{last}; {padding:.1%} padding",)),
-        ("tokens", (f"{train.describe_lengths(config.data.max_length)} (data.max_length)",)),
+        ("tokens", (f"{train.describe_lengths(data.max_length)} (data.max_length)",)),
     ]
     return "\n".join(
         f"{title if number == 0 else '':<11}{line}" for title, lines in rows for number, line in enumerate(lines)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -20,6 +21,12 @@ from transformers import (
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+
+AUTO_MODELS: dict[str, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "clm": AutoModelForCausalLM,
+}
+"""model.task -> transformers' loader."""
 
 # What each of our three rates is called in the configurations of transformers' architectures.
 DROPOUT_FIELDS = {
@@ -83,26 +90,46 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def load_architecture(model: ModelConfig, label_names: Sequence[str]) -> PretrainedConfig:
-    """The source's configuration with our labels and dropout rates. ConfigError where a rate would have no effect."""
+def load_architecture(
+    model: ModelConfig, label_names: Sequence[str], *, vocab_size: int | None = None
+) -> PretrainedConfig:
+    """The source's configuration with our labels, dropout rates and, where given, vocabulary.
+
+    ConfigError where a rate would have no effect, or the vocabulary of pretrained weights is too small.
+    """
     names = [str(name) for name in label_names]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     try:
         architecture = AutoConfig.from_pretrained(
             model_location(model.source),
             trust_remote_code=model.trust_remote_code,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
+            **(labels if model.task == "classification" else {}),
         )
     except LOADING_ERRORS as error:
         raise source_error(model, "configuration", error) from None
-    architecture.problem_type = "single_label_classification"  # a source may have been trained for something else
     architecture.use_cache = False  # of keys and values, for generation only
     set_dropout(architecture, model)
+    if vocab_size is not None:
+        set_vocabulary(architecture, model, vocab_size)
+    if model.task != "classification":
+        return cast(PretrainedConfig, architecture)
+    architecture.problem_type = "single_label_classification"  # a source may have been trained for something else
     if architecture.pad_token_id is None:
         architecture.pad_token_id = load_tokenizer(
             model
         ).pad_token_id  # decoders classify the last token before the padding
     return cast(PretrainedConfig, architecture)
+
+
+def set_vocabulary(architecture: PretrainedConfig, model: ModelConfig, vocab_size: int) -> None:
+    """That of the data's tokenizer, for new weights; pretrained ones must know every token."""
+    if model.init == "random":
+        architecture.vocab_size = vocab_size
+    elif architecture.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.source ({model.source}) knows {architecture.vocab_size:,} tokens, but the data's tokenizer has {vocab_size:,}; "
+            "tokenize with the model's own tokenizer, or set model.init=random"
+        )
 
 
 def set_dropout(architecture: PretrainedConfig, model: ModelConfig) -> None:
@@ -133,7 +160,7 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrained
         with torch.device("meta"):
             return cast(
                 PreTrainedModel,
-                AutoModelForSequenceClassification.from_config(architecture, trust_remote_code=model.trust_remote_code),
+                AUTO_MODELS[model.task].from_config(architecture, trust_remote_code=model.trust_remote_code),
             )
     except LOADING_ERRORS as error:
         raise source_error(model, "architecture", error) from None

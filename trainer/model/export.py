@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +21,7 @@ from transformers import (
 
 from trainer.config import ModelConfig
 from trainer.errors import CheckpointError, SamestepError
-from trainer.model.architecture import LOADING_ERRORS, first_line, load_architecture, model_location
+from trainer.model.architecture import AUTO_MODELS, LOADING_ERRORS, first_line, load_architecture, model_location
 
 INFO_FILE = "samestep.json"
 
@@ -112,7 +111,7 @@ def load_exported(
         if (folder / "adapter_config.json").is_file():
             model = load_adapter(folder, info, trust_remote_code)
         else:
-            model = load_whole(folder, trust_remote_code)
+            model = load_whole(folder, info, trust_remote_code)
     except SamestepError:
         raise
     except FileNotFoundError as error:
@@ -126,9 +125,9 @@ def load_exported(
     return model.eval(), tokenizer, info
 
 
-def load_whole(folder: Path, trust_remote_code: bool) -> nn.Module:
+def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     """The model of a full or head run."""
-    model, report = AutoModelForSequenceClassification.from_pretrained(
+    model, report = AUTO_MODELS[info["task"]].from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
     )
     if report["missing_keys"]:
@@ -142,10 +141,10 @@ def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool)
     """The base model that samestep.json names, with the adapter on it."""
     from peft import PeftModel
 
-    base = ModelConfig(source=info["base"], trust_remote_code=trust_remote_code)
-    model = AutoModelForSequenceClassification.from_pretrained(
+    base = ModelConfig(source=info["base"], task=info["task"], trust_remote_code=trust_remote_code)
+    model = AUTO_MODELS[base.task].from_pretrained(
         model_location(base.source),
-        config=load_architecture(base, info["label_names"]),
+        config=load_architecture(base, info.get("label_names", ())),
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # the base's own head, which the adapter's replaces
         trust_remote_code=trust_remote_code,

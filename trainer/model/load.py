@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import LiveData, ModelConfig, RunConfig, StreamData
 from trainer.errors import ConfigError
 from trainer.model.architecture import (
+    AUTO_MODELS,
     LOADING_ERRORS,
     first_line,
     has_attention_dropout,
@@ -24,6 +25,7 @@ from trainer.model.architecture import (
 )
 from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
 from trainer.model.heads import encoder_name, head_modules
+from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
 from trainer.screen import announce
 
@@ -32,13 +34,16 @@ __all__ = ["build_model", "load_architecture", "load_tokenizer", "load_weights",
 MAX_NEW_FRACTION = 0.5  # of the encoder's parameters; more missing ones mean that the checkpoint is of another model
 
 
-def build_model(config: RunConfig, label_names: Sequence[str], accelerator: Accelerator) -> nn.Module:
+def build_model(
+    config: RunConfig, label_names: Sequence[str], accelerator: Accelerator, *, vocab_size: int | None = None
+) -> nn.Module:
     """The model of `config` on the CPU, its method applied; rank 0 prints a summary. Draws from torch's global generator.
 
+    label_names: of the classes; empty for a language model. vocab_size: of the data's tokenizer, where it decides.
     Every rank calls it; no collective. ConfigError for a source, a setting or a target that does not fit.
     """
     check_method(config)
-    architecture = load_architecture(config.model, label_names)
+    architecture = load_architecture(config.model, label_names, vocab_size=vocab_size)
     torch.manual_seed(config.train.seed)
     plain, new_names = load_weights(config.model, architecture)
     on_cpu = accelerator.device.type == "cpu"
@@ -46,7 +51,11 @@ def build_model(config: RunConfig, label_names: Sequence[str], accelerator: Acce
         use_fast_attention(plain)
     if config.model.gradient_checkpointing:
         enable_checkpointing(plain)
-    model = apply_method(plain, config.method, new_modules=new_encoder_modules(plain, new_names))
+    if isinstance(config.data, StreamData | LiveData) and config.data.isolate:
+        check_isolation(plain)
+    model = apply_method(
+        plain, config.method, new_modules=new_encoder_modules(plain, new_names), task=config.model.task
+    )
     if on_cpu:
         use_fast_dropout(model)
     announce(summary(config, plain, model, new_names), is_main=accelerator.is_main_process)
@@ -63,8 +72,8 @@ def load_weights(model: ModelConfig, architecture: PretrainedConfig) -> tuple[Pr
     }
     try:
         if model.init == "random":
-            return AutoModelForSequenceClassification.from_config(architecture, **options), ()
-        loaded, report = AutoModelForSequenceClassification.from_pretrained(
+            return AUTO_MODELS[model.task].from_config(architecture, **options), ()
+        loaded, report = AUTO_MODELS[model.task].from_pretrained(
             model_location(model.source),
             config=architecture,
             ignore_mismatched_sizes=True,  # a head of another label set is replaced; anything else is refused below

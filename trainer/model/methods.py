@@ -17,15 +17,20 @@ from trainer.errors import ConfigError
 from trainer.model.architecture import load_architecture, meta_model
 from trainer.model.heads import encoder_name, encoder_of, head_modules
 
+PEFT_TASKS = {"classification": "SEQ_CLS", "clm": "CAUSAL_LM"}
+"""model.task -> PEFT's name of it."""
 
-def apply_method(model: nn.Module, method: MethodConfig, *, new_modules: Sequence[str] = ()) -> nn.Module:
+
+def apply_method(
+    model: nn.Module, method: MethodConfig, *, new_modules: Sequence[str] = (), task: str = "classification"
+) -> nn.Module:
     """The model with `requires_grad` set as the method says; for lora wrapped by PEFT.
 
     new_modules: modules outside the head whose weights were not in the checkpoint, such as a missing pooler. head and lora
     train them too: random and frozen they would be lost with the process. New weights come from torch's global generator.
     """
     if isinstance(method, LoraConfig):
-        return add_lora(model, method, new_modules)
+        return add_lora(model, method, new_modules, task)
     if isinstance(method, HeadConfig):
         model.requires_grad_(False)
         for name in (*head_modules(model), *new_modules):
@@ -33,18 +38,19 @@ def apply_method(model: nn.Module, method: MethodConfig, *, new_modules: Sequenc
     return model
 
 
-def add_lora(model: nn.Module, method: LoraConfig, new_modules: Sequence[str]) -> nn.Module:
-    """The PEFT model. Its head is a trained copy; the rest of the base is frozen."""
+def add_lora(model: nn.Module, method: LoraConfig, new_modules: Sequence[str], task: str) -> nn.Module:
+    """The PEFT model. A classification head is a trained copy; the rest of the base is frozen."""
     import peft
 
     targets = resolve_targets(model, method.targets)
+    heads = head_modules(model) if task == "classification" else ()
     settings = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
+        task_type=PEFT_TASKS[task],
         r=method.rank,
         lora_alpha=cast(int, method.alpha),
         lora_dropout=method.dropout,
         target_modules=targets,
-        modules_to_save=[*head_modules(model), *new_modules],
+        modules_to_save=[*heads, *new_modules] or None,
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
     with warnings.catch_warnings():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import ClassificationData, RunConfig
 from trainer.resolve.merge import Merged
 
 FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -39,20 +39,23 @@ def without_effect(config: RunConfig, merged: Merged, usual_values: Mapping[str,
 
 
 def _hub(config: RunConfig) -> bool:
-    return not config.data.source.startswith("asset:") and Path(config.data.source).suffix not in FILE_SUFFIXES
+    data = config.data
+    if not isinstance(data, ClassificationData):
+        return False
+    return not data.source.startswith("asset:") and Path(data.source).suffix not in FILE_SUFFIXES
 
 
 _IDLE: tuple[tuple[str, str, Callable[[RunConfig], bool], str], ...] = (
     (
         "data.validation_fraction",
         "data.validation",
-        lambda config: config.data.validation is not None,
+        lambda config: getattr(config.data, "validation", None) is not None,
         "where data.validation names a split",
     ),
     (
         "data.test_fraction",
         "data.test",
-        lambda config: config.data.test is not None,
+        lambda config: getattr(config.data, "test", None) is not None,
         "where data.test names a split",
     ),
     ("data.subset", "data.source", lambda config: not _hub(config), "unless data.source is a hub dataset"),

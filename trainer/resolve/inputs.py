@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import RunConfig
+from trainer.config import ClassificationData, RunConfig, StreamData
 from trainer.errors import ConfigError, SamestepError
 
 
@@ -19,9 +19,18 @@ def input_problems(config: RunConfig, settings_problems: Sequence[str] = ()) -> 
 
 
 def _check_data(config: RunConfig) -> None:
-    from trainer.data.classify import read_splits
+    if isinstance(config.data, ClassificationData):
+        from trainer.data.classify import read_splits
 
-    read_splits(config.data)
+        read_splits(config.data)
+    elif isinstance(config.data, StreamData):
+        from trainer.data.stream.open import open_streams
+
+        open_streams(config)
+    else:
+        from trainer.data.stream.live import open_dataset
+
+        open_dataset(config.data)
 
 
 def _check_model(config: RunConfig) -> None:

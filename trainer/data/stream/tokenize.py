@@ -74,6 +74,7 @@ def tokenize(
         watch(tally)
     if tally.documents == 0:
         raise DataError(f"INPUT ({', '.join(inputs)}) holds no document")
+    write_file(output / "tokenizer.json", tokenizer_file.read_bytes())
     manifest = writer.finish()
     (output / PROGRESS).unlink(missing_ok=True)
     return manifest

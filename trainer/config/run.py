@@ -6,35 +6,16 @@ Precision, sharding and process count are not here: they belong to the accelerat
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+from trainer.config.data import ClassificationData, LiveData, StreamData
+from trainer.config.section import Fraction, MayChange, Probability, Section
+
 MetricName = Literal["loss", "accuracy", "precision", "recall", "f1"]
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What a continued run may do with a setting. Unmarked settings must match what the run was started with."""
-
-    rule: Literal["must_match", "may_change"]
-
-
-MayChange = Resume("may_change")
-"""For settings that do not change what is trained beyond rounding: where, how often, how much at a time."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen; an unknown key is an error; the line under a field is its documentation."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class ModelConfig(Section):
@@ -42,8 +23,8 @@ class ModelConfig(Section):
 
     source: str = "asset:minilm"
     """`asset:NAME`, a local folder of a Hugging Face model, or a hub id."""
-    task: Literal["classification"] = "classification"
-    """What the model's head predicts."""
+    task: Literal["classification", "clm"] = "classification"
+    """What the model's head predicts: a class, or (causal language model) the next token."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the architecture from `source` and trains from scratch."""
     dropout: Probability | None = None
@@ -98,52 +79,15 @@ class LoraConfig(Section):
 MethodConfig = Annotated[FullConfig | HeadConfig | LoraConfig, Field(discriminator="name")]
 
 
-class ClassificationData(Section):
-    """Sentences or sentence pairs with one label each."""
+DataConfig = Annotated[ClassificationData | StreamData | LiveData, Field(discriminator="kind")]
 
-    source: str = "asset:sst"
-    """`asset:NAME`, a file (.csv .tsv .jsonl .parquet), or a hub dataset id. With a split of its own: the training split."""
-    subset: str | None = None
-    """Configuration name of a hub dataset, such as `sst2` of `nyu-mll/glue`."""
-    validation: str | None = None
-    """A file, or the name of a hub dataset's split. None: cut from the source by `validation_fraction`."""
-    test: str | None = None
-    """A file, or the name of a hub dataset's split. None: cut from the source by `test_fraction`."""
-    text: str = "text"
-    """Column of the text."""
-    text_pair: str | None = None
-    """Column of the second text, for sentence pairs."""
-    label: str = "label"
-    """Column of the label."""
-    labels: tuple[str, ...] | None = None
-    """The label set, in the order of class ids. None: the sorted labels found in the source. A label outside is a bad row."""
-    validation_fraction: Fraction = 0.15
-    """Share of the source held out for validation, stratified by label, where `validation` is None."""
-    test_fraction: Fraction = 0.15
-    """Share of the source held out for the test, stratified by label, where `test` is None. 0: no test."""
-    split_seed: int = 0
-    """Seed of the stratified split; independent of `train.seed` so that seeds share one test set."""
-    max_length: PositiveInt = 128
-    """Tokens; longer texts are cut, and the share that was cut is printed."""
-    max_bad_fraction: Fraction = 0.0
-    """Share of bad rows (no label, empty text, unknown label, wrong type) that is dropped with a report; more is an error."""
-    group_by_length: bool = True
-    """Put sentences of similar length into one global batch: less padding. Off: a plain shuffle."""
-
-    @model_validator(mode="after")
-    def _something_is_left_to_train_on(self) -> Self:
-        held_out = (0 if self.validation else self.validation_fraction) + (0 if self.test else self.test_fraction)
-        if held_out >= 1:
-            raise ValueError(
-                f"validation_fraction + test_fraction ({held_out:g}) must be below 1; nothing would be left to train on"
-            )
-        if not self.validation and self.validation_fraction == 0:
-            raise ValueError("validation_fraction (0) must be above 0 where no validation split is named")
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels {self.labels} must differ from each other")
-        if self.labels is not None and len(self.labels) < 2:
-            raise ValueError(f"labels {self.labels} must name at least two classes")
-        return self
+METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("loss", "accuracy", "precision", "recall", "f1"),
+    "clm": ("loss",),
+}
+"""What train.metric may watch, by model.task."""
+KINDS = {"classification": ("classification",), "clm": ("stream", "live")}
+"""The kinds of data that a task learns from."""
 
 
 class OptimConfig(Section):
@@ -251,7 +195,7 @@ class RunConfig(Section):
     """Which model."""
     method: MethodConfig = FullConfig()
     """Which weights are trained."""
-    data: ClassificationData = ClassificationData()
+    data: DataConfig = ClassificationData()
     """What is learned."""
     optim: OptimConfig = OptimConfig()
     """The optimizer."""
@@ -259,6 +203,25 @@ class RunConfig(Section):
     """The loop."""
     probe: Annotated[ProbeConfig | None, MayChange] = None
     """Parity's recording instead of training."""
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        task = self.model.task
+        if self.data.kind not in KINDS[task]:
+            raise ValueError(
+                f"model.task ({task}) learns from data.kind={' or '.join(KINDS[task])}, not from {self.data.kind}"
+            )
+        if self.data.kind == "live" and self.train.max_steps is None:
+            raise ValueError("data.kind (live) has no known length; set train.max_steps, and train.num_epochs=none")
+        if task == "clm" and self.method.name == "head":
+            raise ValueError(
+                "method.name (head) trains a new head, which model.task=clm has not; set method.name=full or lora"
+            )
+        if self.train.metric not in METRICS[task]:
+            raise ValueError(
+                f"train.metric ({self.train.metric}) must be one of {', '.join(METRICS[task])} for model.task={task}"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

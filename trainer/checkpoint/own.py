@@ -1,4 +1,4 @@
-"""The random number generators of one rank as tensors, and back: torch on CPU and on this rank's GPU, numpy, and Python's own."""
+"""What one rank alone has, as tensors and back: its random number generators (torch on CPU and GPU, numpy, Python) and its open sums."""
 
 import random
 from collections.abc import Mapping
@@ -7,6 +7,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.data.batches import random_words
+from trainer.progress import Window
+
+WINDOW, TASK = "window/", "task"
+SAME_ON_ALL = (f"{WINDOW}num_samples", f"{WINDOW}elapsed_s")
+"""Open sums that every rank counts for all."""
 
 
 def read_generators() -> dict[str, Tensor]:
@@ -43,3 +50,28 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def window_tensors(window: Window) -> dict[str, Tensor]:
+    """A rank's open sums, each a float64 tensor of one element."""
+    return {f"{WINDOW}{name}": torch.tensor([number], dtype=torch.float64) for name, number in window.numbers().items()}
+
+
+def read_window(numbers: Mapping[str, float]) -> Window:
+    """The reverse, from numbers by key."""
+    return Window.from_numbers({key.removeprefix(WINDOW): number for key, number in numbers.items()})
+
+
+def bytes_tensor(state: bytes) -> dict[str, Tensor]:
+    """The task's state as an entry; none where it is empty."""
+    return {TASK: torch.frombuffer(bytearray(state), dtype=torch.uint8)} if state else {}
+
+
+def topology_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one rank of a run that continues under another topology."""
+    return int(random_words(1, seed, step, rank)[0] >> 1)
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed for the dropout of one rank."""
+    return (seed * 1_000_003 + rank) % 2**63

@@ -1,0 +1,117 @@
+"""`samestep data show | bench`: one sample as a recipe would see it, and how fast its data can be read. No torch."""
+
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from launch.data import data_app
+from launch.preflight import load_recipe
+from trainer.config import RunConfig, StreamData
+from trainer.data.stream.open import Streams, open_streams
+from trainer.data.stream.reader import Source, Stream
+from trainer.errors import ConfigError
+from trainer.resolve import resolve
+
+__all__ = ["data_app"]
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Path of a recipe that reads token datasets.")]
+ConfigOption = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings; repeatable.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")]
+
+
+@data_app.command()
+def show(
+    recipe: RecipeArgument,
+    sample: Annotated[int, typer.Argument(metavar="K", min=0, help="Number of a sample, from 0.")],
+    settings: Settings = None,
+    config: ConfigOption = None,
+) -> None:
+    """Print sample K as the recipe would see it: its source, shard and row, and each document's text.
+
+    Example: samestep data show recipes/pretrain_clm.py 4000 train.seed=1
+    """
+    found, streams = open_recipe(recipe, config, settings)
+    size = found.train.global_batch_size
+    print(f"sample {sample:,} of {found.name}: in step {sample // size + 1:,}, place {sample % size} of {size}")
+    for line in describe_sample(streams, sample):
+        print(line)
+
+
+@data_app.command()
+def bench(
+    recipe: RecipeArgument,
+    settings: Settings = None,
+    config: ConfigOption = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to read.")] = 5.0,
+) -> None:
+    """Read the recipe's global batches as fast as one process can, from the first sample on.
+
+    Example: samestep data bench recipes/pretrain_clm.py data.sequence_length=1024
+    """
+    found, streams = open_recipe(recipe, config, settings)
+    size, began, cpu_began = found.train.global_batch_size, time.perf_counter(), cpu_seconds()
+    limit = int(sum(streams.train.rows) * streams.train.settings.max_epochs) // size * size
+    first_s, samples, tokens = 0.0, 0, 0
+    while time.perf_counter() - began < seconds and samples + size <= limit:
+        batch = streams.train.batch(range(samples, samples + size))
+        samples, tokens = samples + size, tokens + batch["input_ids"].size
+        first_s = first_s or time.perf_counter() - began
+    elapsed, cpu = time.perf_counter() - began, cpu_seconds() - cpu_began
+    print(
+        f"{samples:,} rows of {streams.train.settings.sequence_length} in {elapsed:.2f} s: {samples / elapsed:,.0f} rows/s, "
+        f"{tokens / elapsed:,.0f} tokens/s, {cpu / tokens * 1e9:.1f} ns of CPU a token; the first batch after {first_s * 1e3:.1f} ms"
+    )
+
+
+def open_recipe(recipe: Path, config: list[Path] | None, settings: list[str] | None) -> tuple[RunConfig, Streams]:
+    """A recipe's settings and streams. ConfigError for one that reads no token datasets."""
+    defaults = load_recipe(recipe).DEFAULTS
+    arguments = [*(part for file in config or () for part in ("--config", str(file))), *(settings or ())]
+    found = resolve(type(defaults), defaults, arguments).config
+    if not isinstance(found.data, StreamData):
+        raise ConfigError(
+            f"recipe ({recipe}) has data.kind={found.data.kind}, and no token datasets; give one of kind stream"
+        )
+    return found, open_streams(found)
+
+
+def describe_sample(streams: Streams, sample: int) -> Iterator[str]:
+    """Where a sample lies and what it says."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(streams.tokenizer_file))
+    stream = streams.train
+    place = stream.place(sample)
+    source = stream.sources[place.source]
+    shard = source.manifest.shards[place.shard]
+    yield f"source {place.source} ({source.name}), pass {place.epoch + 1}, shard {shard.file}, row {place.row:,}"
+    for start, length, ids in documents_of(stream, sample):
+        document = document_number(source, place.shard, start)
+        yield f"--- document {document:,} of the shard, tokens {start:,} to {start + length - 1:,}"
+        yield tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def documents_of(stream: Stream, sample: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(first token in the shard, tokens, ids) of each document in a row."""
+    place = stream.place(sample)
+    source = stream.sources[place.source]
+    plan, reader = source.plan(place.shard), source.reader(place.shard)
+    for piece in range(plan.row_starts[place.row], plan.row_starts[place.row + 1]):
+        start, length = int(plan.starts[piece]), int(plan.lengths[piece])
+        yield start, length, reader.tokens(start, length)
+
+
+def document_number(source: Source, shard: int, token: int) -> int:
+    """Which document of a shard a token belongs to, from 0."""
+    return int(np.searchsorted(source.reader(shard).ends, token, side="right"))
+
+
+def cpu_seconds() -> float:
+    """Of this process, all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,121 @@
+"""The kinds of data: what is learned. Which kind a task needs stands in run.py."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from typing_extensions import Self
+
+from trainer.config.section import Fraction, MayChange, Section
+
+
+class ClassificationData(Section):
+    """Sentences or sentence pairs with one label each."""
+
+    kind: Literal["classification"] = "classification"
+    """The kind of data."""
+    source: str = "asset:sst"
+    """`asset:NAME`, a file (.csv .tsv .jsonl .parquet), or a hub dataset id. With a split of its own: the training split."""
+    subset: str | None = None
+    """Configuration name of a hub dataset, such as `sst2` of `nyu-mll/glue`."""
+    validation: str | None = None
+    """A file, or the name of a hub dataset's split. None: cut from the source by `validation_fraction`."""
+    test: str | None = None
+    """A file, or the name of a hub dataset's split. None: cut from the source by `test_fraction`."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of the second text, for sentence pairs."""
+    label: str = "label"
+    """Column of the label."""
+    labels: tuple[str, ...] | None = None
+    """The label set, in the order of class ids. None: the sorted labels found in the source. A label outside is a bad row."""
+    validation_fraction: Fraction = 0.15
+    """Share of the source held out for validation, stratified by label, where `validation` is None."""
+    test_fraction: Fraction = 0.15
+    """Share of the source held out for the test, stratified by label, where `test` is None. 0: no test."""
+    split_seed: int = 0
+    """Seed of the stratified split; independent of `train.seed` so that seeds share one test set."""
+    max_length: PositiveInt = 128
+    """Tokens; longer texts are cut, and the share that was cut is printed."""
+    max_bad_fraction: Fraction = 0.0
+    """Share of bad rows (no label, empty text, unknown label, wrong type) that is dropped with a report; more is an error."""
+    group_by_length: bool = True
+    """Put sentences of similar length into one global batch: less padding. Off: a plain shuffle."""
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        held_out = (0 if self.validation else self.validation_fraction) + (0 if self.test else self.test_fraction)
+        if held_out >= 1:
+            raise ValueError(
+                f"validation_fraction + test_fraction ({held_out:g}) must be below 1; nothing would be left to train on"
+            )
+        if not self.validation and self.validation_fraction == 0:
+            raise ValueError("validation_fraction (0) must be above 0 where no validation split is named")
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels {self.labels} must differ from each other")
+        if self.labels is not None and len(self.labels) < 2:
+            raise ValueError(f"labels {self.labels} must name at least two classes")
+        return self
+
+
+class StreamData(Section):
+    """Token datasets, as `samestep data tokenize` or `adopt` make them, packed into rows and mixed by weight."""
+
+    kind: Literal["stream"] = "stream"
+    """The kind of data."""
+    sources: tuple[str, ...] = ("asset:stdlib",)
+    """Folders or URLs of token datasets, all made with one tokenizer; `asset:stdlib` is the running Python's standard library."""
+    weights: tuple[NonNegativeFloat, ...] | None = None
+    """Share of the rows from each source, in any unit. None: in proportion to their tokens."""
+    later_weights: tuple[str, ...] = ()
+    """Other weights from a sample on, as `SAMPLE:WEIGHT/WEIGHT`, such as `100000:1/3` for two sources."""
+    validation: str = "asset:stdlib-validation"
+    """The token dataset that is evaluated, in its own order."""
+    validation_rows: Annotated[PositiveInt | None, MayChange] = 256
+    """Most rows of an evaluation. None: all."""
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a row."""
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    """`best_fit` cuts no document that fits a row (arXiv 2404.10830); `concat` cuts the concatenation of all."""
+    isolate: bool = True
+    """Documents of a row do not see each other: attention and positions start anew with each."""
+    max_epochs: PositiveFloat = 1.0
+    """Most passes over any source; a run that needs more is refused."""
+    shuffle_window: PositiveInt = 8
+    """Shards whose rows are shuffled together."""
+    cache: Annotated[Path | None, MayChange] = None
+    """Folder for packing plans and downloaded shards. None: in samestep's cache."""
+    cache_gb: Annotated[PositiveFloat, MayChange] = 50.0
+    """Most disk space of downloaded shards."""
+
+    @model_validator(mode="after")
+    def _weights_fit_the_sources(self) -> Self:
+        if not self.sources:
+            raise ValueError("sources () must name at least one token dataset")
+        if self.weights is not None and len(self.weights) != len(self.sources):
+            raise ValueError(f"weights {self.weights} must be as many as sources {self.sources}")
+        return self
+
+
+class LiveData(Section):
+    """Text that is tokenized and packed while training reads it. Resumes on the same number of processes only."""
+
+    kind: Literal["live"] = "live"
+    """The kind of data."""
+    source: str = "asset:stdlib"
+    """Files, a folder, a pattern, a hub dataset, or asset:stdlib; read in its own order, each rank a part."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    column: str = "text"
+    """The text column."""
+    validation_rows: PositiveInt = 64
+    """Rows of the first documents, which are held out."""
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a row; documents are concatenated and cut."""
+    isolate: bool = True
+    """Documents of a row do not see each other: attention and positions start anew with each."""
+    max_epochs: PositiveFloat = 1.0
+    """Most passes over a rank's part; more is an error."""

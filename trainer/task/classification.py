@@ -1,0 +1,125 @@
+"""One label for a sentence or a pair of sentences."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer.backend import Engine
+from trainer.config import ClassificationData, RunConfig
+from trainer.data.batches import GlobalBatches
+from trainer.data.classify import ClassificationSet, Split, build_data
+from trainer.evaluate import evaluate_logits
+from trainer.loss import classification_loss_sum, count_correct
+from trainer.metrics import classification_metrics, confusion
+from trainer.plots import plot_confusion
+from trainer.task.protocol import Batch, Evaluation, Forward, SplitName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Implements `Task`; see protocol.py."""
+
+    config: RunConfig
+    data: ClassificationSet
+
+    vocab_size = None
+    count_names = ("correct",)
+    shown_metrics = ("loss", "accuracy", "f1")
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.data.tokenizer
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.data.label_names
+
+    @property
+    def report_split(self) -> SplitName:
+        return "validation" if self.data.test is None else "test"
+
+    @cached_property
+    def batches(self) -> GlobalBatches:
+        """The order of the training samples."""
+        data, train = self.config.data, self.config.train
+        assert isinstance(data, ClassificationData)
+        return GlobalBatches(
+            self.data.train.lengths, train.global_batch_size, train.seed, group_by_length=data.group_by_length
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.per_epoch
+
+    def identity(self) -> str:
+        digest, train = hashlib.sha256(), self.data.train
+        for array in (train.tokens, train.offsets, train.labels):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def model_info(self) -> dict[str, object]:
+        assert isinstance(self.config.data, ClassificationData)
+        return {"label_names": list(self.data.label_names), "max_length": self.config.data.max_length}
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return {}
+
+    def global_batch(self, step: int) -> np.ndarray:
+        return self.batches.at(step)
+
+    def training_batch(self, ids: np.ndarray) -> Batch:
+        return self.data.collate(self.data.train, ids)
+
+    def rank_state(self, step: int) -> bytes:
+        return b""
+
+    def restore_rank_state(self, step: int, state: bytes) -> None:
+        assert not state, "samples are a function of the step"
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        return classification_loss_sum(logits, batch["labels"])
+
+    def counts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        return (count_correct(logits, batch["labels"]),)
+
+    def train_metrics(
+        self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float
+    ) -> dict[str, float]:
+        return {"train/accuracy": counts["correct"] / max(num_targets, 1)}
+
+    def evaluate(self, forward: Forward, engine: Engine, split: SplitName) -> Evaluation:
+        examples = self.split(split)
+        batch_size = self.config.train.eval_batch_size
+        logits = evaluate_logits(forward, self.data, examples, engine, batch_size=batch_size)
+        return Evaluation(
+            classification_metrics(logits, examples.labels), {"logits": logits, "labels": examples.labels}
+        )
+
+    def split(self, name: SplitName) -> Split:
+        """The examples of a split."""
+        if name == "validation":
+            return self.data.validation
+        assert self.data.test is not None, "there is no test split"
+        return self.data.test
+
+    def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
+        matrix = confusion(evaluation.details["logits"], evaluation.details["labels"], len(self.label_names))
+        plot_confusion(matrix, self.label_names, folder / "confusion.png")
+
+
+def build(config: RunConfig, accelerator: Accelerator) -> ClassificationTask:
+    """Read, check, split and tokenize the sentences; rank 0 says what they are."""
+    return ClassificationTask(config, build_data(config, accelerator))

@@ -1,0 +1,259 @@
+"""Causal language modelling: the next token of packed rows, from token datasets that are read by sample number."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from trainer.backend import Engine
+from trainer.config import LiveData, RunConfig, StreamData
+from trainer.data.batches import IGNORED, rank_share
+from trainer.data.stream.open import Streams, open_streams
+from trainer.errors import ConfigError
+from trainer.loss import token_losses
+from trainer.model.architecture import load_architecture
+from trainer.screen import announce
+from trainer.task.protocol import Batch, Evaluation, Forward, SplitName
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 96
+"""Of the samples that are generated at the end."""
+
+
+class LanguageTask(ABC):
+    """What tasks on rows of tokens share: all of `Task` (protocol.py) but where rows come from."""
+
+    label_names = ()
+    count_names = ("bytes", "tokens", "positions")
+    shown_metrics = ("loss", "perplexity", "bits_per_byte")
+    report_split: SplitName = "validation"
+
+    def __init__(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, steps_per_epoch: int
+    ) -> None:
+        self.config, self.tokenizer, self.vocab_size, self.steps_per_epoch = (
+            config,
+            tokenizer,
+            vocab_size,
+            steps_per_epoch,
+        )
+        self.token_bytes = torch.from_numpy(bytes_of_tokens(tokenizer, vocab_size))
+
+    @property
+    @abstractmethod
+    def num_validation_rows(self) -> int:
+        """Rows of an evaluation."""
+
+    @abstractmethod
+    def validation_batch(self, ids: np.ndarray) -> Batch:
+        """Like `training_batch`, of held-out rows."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        data = self.config.data
+        assert isinstance(data, StreamData | LiveData)
+        return data.sequence_length
+
+    def model_info(self) -> dict[str, object]:
+        return {"sequence_length": self.sequence_length}
+
+    def global_batch(self, step: int) -> np.ndarray:
+        size = self.config.train.global_batch_size
+        return np.arange(step * size, (step + 1) * size)
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+
+    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+        return token_losses(logits, batch["labels"]).sum()
+
+    def counts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        num_bytes = self.target_bytes(batch["labels"]).sum()
+        return num_bytes, batch["num_tokens"].sum(), torch.tensor(float(batch["labels"].numel()))
+
+    def target_bytes(self, labels: Tensor) -> Tensor:
+        """(B, T) bytes of text of each target, 0 elsewhere."""
+        table = self.token_bytes.to(labels.device)
+        return torch.where(labels == IGNORED, 0, table[labels.clamp(min=0)])
+
+    def train_metrics(
+        self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float
+    ) -> dict[str, float]:
+        return {
+            "train/bits_per_byte": bits_per_byte(loss * num_targets, counts["bytes"]),
+            "train/padding": 1 - counts["tokens"] / max(counts["positions"], 1),
+            "tokens_per_s": counts["tokens"] / seconds,
+        }
+
+    def evaluate(self, forward: Forward, engine: Engine, split: SplitName) -> Evaluation:
+        sums = torch.zeros(self.num_validation_rows, 3, dtype=torch.float64)  # of each row: loss, targets, bytes
+        together = self.config.train.eval_batch_size * engine.world_size
+        with torch.no_grad():
+            for start in range(0, len(sums), together):
+                ids = np.arange(start, min(start + together, len(sums)))
+                share = rank_share(ids, engine.rank, engine.world_size)
+                batch = engine.to_device(self.validation_batch(share))
+                losses = token_losses(forward(self.model_inputs(batch)).logits, batch["labels"])
+                labels = batch["labels"]
+                columns = (losses.double(), (labels != IGNORED).double(), self.target_bytes(labels).double())
+                rows = torch.stack([column.sum(dim=1) for column in columns], dim=1)
+                sums[torch.from_numpy(share)] = rows[: len(share)].cpu()
+        loss, targets, num_bytes = engine.sum_array_over_ranks(sums).sum(dim=0).tolist()
+        return Evaluation(language_metrics(loss, targets, num_bytes))
+
+    def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
+        starts = self.validation_batch(np.arange(min(PROMPTS, self.num_validation_rows)))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.train.seed)
+            texts = [self.continued(model, row[:PROMPT_TOKENS]) for row in starts["input_ids"]]
+        (folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+    def continued(self, model: nn.Module, prompt: Tensor) -> str:
+        """A prompt, a mark, and what the model writes after it."""
+        device = next(model.parameters()).device
+        length = min(NEW_TOKENS, self.sequence_length - len(prompt))
+        made = cast(Any, model).generate(
+            prompt[None].to(device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=device),
+            max_new_tokens=max(length, 1),
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            use_cache=True,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )[0]
+        return f"{self.tokenizer.decode(prompt)}[...]{self.tokenizer.decode(made[len(prompt) :])}"
+
+
+class ClmTask(LanguageTask):
+    """Rows of token datasets, each a function of its number."""
+
+    def __init__(self, config: RunConfig, streams: Streams) -> None:
+        self.streams = streams
+        vocab_size = streams.train.tokenizer.vocabulary
+        super().__init__(config, load_data_tokenizer(streams), vocab_size, steps_per_epoch=streams.steps_per_epoch)
+
+    def identity(self) -> str:
+        return self.streams.train.identity
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.tokenizer.eos_token}
+        return {
+            "tokenizer.json": self.streams.tokenizer_file.read_bytes(),
+            "tokenizer_config.json": json.dumps(settings | {"pad_token": self.tokenizer.pad_token}).encode(),
+        }
+
+    @property
+    def num_validation_rows(self) -> int:
+        return self.streams.validation_rows
+
+    def training_batch(self, ids: np.ndarray) -> Batch:
+        return read_batch(self.streams.train.batch(ids.tolist()), self.sequence_length)
+
+    def validation_batch(self, ids: np.ndarray) -> Batch:
+        return read_batch(self.streams.validation.batch(ids.tolist()), self.sequence_length)
+
+    def rank_state(self, step: int) -> bytes:
+        return b""
+
+    def restore_rank_state(self, step: int, state: bytes) -> None:
+        assert not state, "rows are a function of their number"
+
+
+def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
+    """Open the datasets and say what they are; nothing is read yet but manifests, document ends and plans."""
+    task = ClmTask(config, open_streams(config))
+    check_positions(config, task.sequence_length)
+    announce(describe(config, task.streams), is_main=accelerator.is_main_process)
+    return task
+
+
+def check_positions(config: RunConfig, sequence_length: int) -> None:
+    """ConfigError for rows that are longer than the model's positions."""
+    positions = getattr(load_architecture(config.model, ()), "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ConfigError(
+            f"data.sequence_length ({sequence_length}) must be at most {positions}, the positions of model.source "
+            f"({config.model.source}); lower it, or take a model for longer rows"
+        )
+
+
+def read_batch(rows: dict[str, NDArray[np.int64]], sequence_length: int) -> Batch:
+    """CPU tensors of rows: input_ids, labels, position_ids (where documents are isolated), (B, T) int64; num_tokens (B,) float64.
+
+    Without a row: one of token 0 without targets.
+    """
+    documents = rows.pop("document_ids", None)
+    count = len(rows["labels"])
+    if not count:
+        rows = {name: np.full((1, sequence_length), IGNORED if name == "labels" else 0) for name in rows}
+    batch = {name: torch.from_numpy(array) for name, array in rows.items()}
+    held = np.full(count, sequence_length) if documents is None else (documents >= 0).sum(axis=1)
+    return batch | {"num_tokens": torch.from_numpy(held.astype(np.float64))}
+
+
+def language_metrics(loss_sum: float, num_targets: float, num_bytes: float) -> dict[str, float]:
+    """Nats per target, perplexity, bits per byte of text, and how many targets."""
+    loss = loss_sum / max(num_targets, 1)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits_per_byte(loss_sum, num_bytes),
+        "count": int(num_targets),
+    }
+
+
+def bits_per_byte(loss_sum: float, num_bytes: float) -> float:
+    """Nats over so many bytes of text, as bits for each: comparable between tokenizers."""
+    return loss_sum / math.log(2) / max(num_bytes, 1)
+
+
+def load_data_tokenizer(streams: Streams) -> PreTrainedTokenizerBase:
+    """The datasets' tokenizer; it pads with its end-of-text token, and so does generation."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(streams.tokenizer_file))
+    eos = streams.train.tokenizer.eos
+    if eos is not None:
+        tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos)
+    return tokenizer
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> np.ndarray:
+    """(V,) bytes of text that each token stands for; special tokens stand for none.
+
+    Byte-level tokens have one character a byte; SentencePiece writes a space as U+2581 and single bytes as <0xNN>.
+    """
+    kind = json.loads(cast(Any, tokenizer)._tokenizer.to_str())
+    is_byte_level = '"ByteLevel"' in json.dumps([kind["pre_tokenizer"], kind["decoder"]])
+    special = set(tokenizer.all_special_ids)
+    sizes = np.zeros(vocabulary, np.float64)
+    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(vocabulary)))):
+        if token is None or number in special:
+            continue
+        is_byte = len(token) == 6 and token.startswith("<0x")
+        plain = token.removeprefix("##").replace("\u2581", " ")
+        sizes[number] = len(token) if is_byte_level else 1 if is_byte else len(plain.encode())
+    return sizes
+
+
+def describe(config: RunConfig, streams: Streams) -> str:
+    """What the data is, for the screen before training."""
+    data, lines = config.data, []
+    assert isinstance(data, StreamData)
+    total = sum(streams.train.mixture.shares[0])
+    for number, (name, source) in enumerate(zip(data.sources, streams.train.sources, strict=True)):
+        share = float(streams.train.mixture.shares[0][number] / total)
+        tokens = f"{source.manifest.num_tokens:,} tokens in {len(source.manifest.shards)} shard(s)"
+        lines.append(f"{name}, {tokens}, {sum(source.rows):,} rows, weight {share:.1%}")
+    held_out = f"validation: {data.validation}, {streams.validation_rows:,} of {sum(streams.validation.rows):,} rows"
+    isolated = "documents isolated" if data.isolate else "documents see each other"
+    rows = f"rows of {data.sequence_length} tokens, {data.packing}, {isolated}; tokenizer of {streams.train.tokenizer.vocabulary:,}"
+    return "\n".join(f"{'data' if place == 0 else '':<11}{line}" for place, line in enumerate([*lines, held_out, rows]))
