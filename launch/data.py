@@ -40,13 +40,13 @@ def tokenize(
     tokenizer: TokenizerOption,
     eos: EosOption = None,
     column: Annotated[str, typer.Option(help="Column of JSON lines, Parquet and datasets.")] = "text",
-    processes: Annotated[
-        int, typer.Option(min=1, help="Tokenizing processes; the dataset is the same for any number.")
+    workers: Annotated[
+        int, typer.Option(min=1, help="Tokenizing threads; the dataset is the same for any number.")
     ] = 1,
 ) -> None:
     """Tokenize text into shards; run again after a kill, it goes on.
 
-    Example: samestep data tokenize asset:stdlib --output tokens --tokenizer asset:minilm --processes 2
+    Example: samestep data tokenize asset:stdlib --output tokens --tokenizer asset:minilm --workers 2
     """
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
@@ -59,7 +59,7 @@ def tokenize(
             bar.update(task, description=words)
 
         manifest = tokenize_documents(
-            inputs, output, tokenizer_path(tokenizer), eos=eos, column=column, processes=processes, watch=watch
+            inputs, output, tokenizer_path(tokenizer), eos=eos, column=column, workers=workers, watch=watch
         )
     print(f"{output}: {summary(manifest)}")
 

@@ -44,7 +44,8 @@ class RunOutput:
         self.log = RunLog(self.folder, is_main=self.is_main, total_steps=num_steps)
         self.log.say(self.describe_backend())
         self.started = time.perf_counter()
-        self.samples_per_s: list[float] = []
+        self.speeds: list[float] = []
+        """Of each log line, in `task.speed`."""
 
     def on_rank_0(self, write: Callable[[], None]) -> None:
         """Run `write` on rank 0 and wait for it; where it raises a user's error, every rank raises. Collective."""
@@ -143,7 +144,7 @@ class RunOutput:
 
     def train_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of training metrics."""
-        self.samples_per_s.append(values["samples_per_s"])
+        self.speeds.append(values[self.task.speed])
         self.log.record(values, step)
         self.log.progress(step, values)
 
@@ -219,7 +220,7 @@ class RunOutput:
         self, progress: "Progress", split_name: str, metrics: Mapping[str, float], elapsed_s: float
     ) -> dict[str, object]:
         """What summary.md says."""
-        engine = self.engine
+        engine, unit = self.engine, self.task.speed.removesuffix("_per_s")
         return {
             "name": self.config.name,
             "backend": engine.describe(),
@@ -227,10 +228,10 @@ class RunOutput:
             "best step": f"{progress.best_step} (validation {self.config.train.metric} {progress.best_metric:.4f})",
             **{f"{split_name} {name}": value for name, value in metrics.items()},
             "time": f"{elapsed_s:.0f} s",
-            "training speed": f"{float(np.median(self.samples_per_s)) if self.samples_per_s else 0.0:.1f} samples/s (median)",
+            "training speed": f"{float(np.median(self.speeds)) if self.speeds else 0.0:,.1f} {unit}/s (median)",
             "skipped steps": progress.num_skipped,
             "model": str(self.model_folder),
-            "use it": f'samestep predict {self.folder} "your text"',
+            "use it": self.task.usage(self.folder),
         }
 
     def closing_words(
@@ -240,7 +241,7 @@ class RunOutput:
         kind = "adapter" if self.config.method.name == "lora" else "model"
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "count")
         return (
-            f"{split_name} ({int(metrics['count'])} examples, exported {kind} of step {progress.best_step}): {numbers}\n"
+            f"{split_name} ({int(metrics['count']):,} {self.task.counted}, exported {kind} of step {progress.best_step}): {numbers}\n"
             f"trained {progress.step} steps in {elapsed_s:.0f} s\n"
             f"run directory: {self.folder}"
         )

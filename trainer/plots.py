@@ -20,6 +20,8 @@ from trainer.errors import SamestepError
 TRAIN, VALIDATION, MARK = "#4269d0", "#e8710a", "#444444"
 OTHER_COLORS = {"f1": "#3ca951", "precision": "#a463f2", "recall": "#b3261e"}
 
+TITLES = {"bits_per_byte": "bits per byte", "grad_norm": "gradient norm"}
+
 SMOOTHING_FRACTION = 0.02
 """Width of the smoothing of training curves, as a share of the points drawn."""
 
@@ -30,10 +32,10 @@ Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def plot_curves(metrics_jsonl: Path, out: Path) -> None:
-    """Draw loss, accuracy, learning rate and the other validation metrics over the steps. Rank 0 only.
+    """Draw loss, the task's main metric, learning rate and the other validation metrics over the steps. Rank 0 only.
 
     metrics_jsonl: as RunLog writes it. The best step is the one that the last line names, else that of the highest
-    accuracy.
+    accuracy or the lowest loss. Without other metrics the last panel shows the gradient norm.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -44,9 +46,12 @@ def plot_curves(metrics_jsonl: Path, out: Path) -> None:
     figure.suptitle(out.absolute().parent.name, fontsize=15, fontweight="bold")
     panels = figure.subplots(2, 2, sharex=True)
     _draw_pair(panels[0, 0], rows, "loss", best_step)
-    _draw_pair(panels[0, 1], rows, "accuracy", best_step)
+    _draw_pair(panels[0, 1], rows, "bits_per_byte" if is_recorded(rows, "bits_per_byte") else "accuracy", best_step)
     _draw_rate(panels[1, 0], rows)
-    _draw_others(panels[1, 1], rows, best_step)
+    if any(is_recorded(rows, metric) for metric in OTHER_COLORS) or not is_recorded(rows, "grad_norm"):
+        _draw_others(panels[1, 1], rows, best_step)
+    else:
+        _draw_pair(panels[1, 1], rows, "grad_norm", best_step)
     _save(figure, out)
 
 
@@ -89,13 +94,21 @@ def series_of(rows: Sequence[dict[str, Any]], name: str) -> Series:
     return np.array([step for step, _ in points], dtype=np.float64), np.array(values, dtype=np.float64)
 
 
+def is_recorded(rows: Sequence[dict[str, Any]], metric: str) -> bool:
+    """Whether training or validation noted it."""
+    return any(f"{kind}/{metric}" in row for row in rows for kind in ("train", "eval"))
+
+
 def best_step_of(rows: Sequence[dict[str, Any]]) -> int | None:
-    """The step that the final report names, else the first of highest validation accuracy; None without either."""
+    """The step that the final report names, else the first of highest validation accuracy or lowest loss; None without any."""
     for row in reversed(rows):
         if row.get("best_step") is not None:
             return int(row["best_step"])
-    steps, values = series_of(rows, "eval/accuracy")
-    return int(steps[np.nanargmax(values)]) if np.isfinite(values).any() else None
+    for metric, sign in (("accuracy", 1), ("loss", -1)):
+        steps, values = series_of(rows, f"eval/{metric}")
+        if np.isfinite(values).any():
+            return int(steps[np.nanargmax(sign * values)])
+    return None
 
 
 def smooth(values: NDArray[np.float64], width: float) -> NDArray[np.float64]:
@@ -128,7 +141,7 @@ def _draw_pair(panel: Any, rows: Sequence[dict[str, Any]], metric: str, best_ste
         panel.plot(steps, values, color=TRAIN, linewidth=2, marker=".", label="train")
     _draw_validation(panel, rows, metric, VALIDATION, "validation")
     _mark_best(panel, rows, metric, best_step)
-    _finish(panel, metric)
+    _finish(panel, TITLES.get(metric, metric))
 
 
 def _draw_others(panel: Any, rows: Sequence[dict[str, Any]], best_step: int | None) -> None:

@@ -89,9 +89,10 @@ def progress_words(values: Mapping[str, float], remaining_s: float | None) -> st
         words.append(f"loss {values['train/loss']:.4f}")
     if "train/lr" in values:
         words.append(f"lr {values['train/lr']:.1e}")
-    if "samples_per_s" in values:
-        speed = values["samples_per_s"]
-        words.append(f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s")
+    unit = "tokens" if "tokens_per_s" in values else "samples"
+    if f"{unit}_per_s" in values:
+        speed = values[f"{unit}_per_s"]
+        words.append(f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s")
     if remaining_s is not None:
         words.append(f"eta {clock(remaining_s)}")
     return "  ".join(words)

@@ -4,7 +4,7 @@
     python tests/bench/bench_checkpoint.py --layers 2 --rounds 1
 
 In one run and one process group: 30 steps with one save by samestep in the 10th; the same state by `accelerator.save_state`, which
-training waits for; by `torch.save`, without sharding or optimizer names; then samestep's restore, verification included, and `load_state`.
+training waits for; by `torch.save`, without sharding or optimizer names; then, both from files that are not in the page cache, samestep's restore, verification included, and `load_state`.
 stall: longest step minus the median step. total: wall time of the 30 steps minus 30 median steps. published: from the call to the rename.
 The last line is one JSON object of ratios to save_state and load_state: of each the worse backend, the median over rounds.
 """
@@ -146,6 +146,7 @@ def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, check
     save_state_s = timed(lambda: accelerator.save_state(str(other)))
     torch_save_s = timed(lambda: torch_save(engine, folder / "torch.pt"))
     (newest, *_) = list_checkpoints(checkpoints.root)
+    forget((newest, other))
     restore_s = timed(lambda: checkpoints.restore(Start("continue", (newest,))))
     load_state_s = timed(lambda: accelerator.load_state(str(other)))
     return {
@@ -161,6 +162,15 @@ def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, check
         "save_state_bytes": size_of(other),
         "extra memory of rank 0, MiB": extra_mib,
     }
+
+
+def forget(folders: tuple[Path, ...]) -> None:
+    """Take the files out of the page cache, as after a restart: both are read from disk."""
+    dist.barrier()
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def torch_save(engine: Engine, path: Path) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import BatchSampler, RandomSampler
 
 from tests.bench.timing import in_turn, median_ratio, print_ratios, say
 from trainer.data.assets import stdlib_files
@@ -40,7 +41,7 @@ from trainer.data.stream.shards import DatasetWriter, Tokenizer
 from trainer.data.stream.stdlib import END_OF_TEXT, stdlib_dataset
 from trainer.data.stream.tokenize import tokenize
 
-LENGTH, BATCH, VOCABULARY = 1024, 16, 32_000
+LENGTH, BATCH, VOCABULARY = 2048, 8, 32_000
 TOKENS = 40_000_000
 Batches = Iterator[Any]
 
@@ -163,17 +164,18 @@ class MemmapRows(torch.utils.data.Dataset):
         self.rows = np.memmap(path, "<u2", mode="r").reshape(-1, LENGTH)
 
     def __len__(self) -> int:
-        return len(self.rows) // BATCH
+        return len(self.rows)
 
-    def __getitem__(self, number: int) -> torch.Tensor:
-        """A batch by fancy index, in another order every time it is made."""
-        ids = np.random.default_rng(number).integers(0, len(self.rows), BATCH)
+    def __getitem__(self, ids: list[int]) -> torch.Tensor:
+        """A batch by fancy index."""
         return torch.from_numpy(self.rows[ids].astype(np.int64))
 
 
 def memmap_batches(folder: Path, workers: int) -> Batches:
     """The baseline."""
-    loader = torch.utils.data.DataLoader(MemmapRows(folder / "rows.bin"), batch_size=None, num_workers=workers)
+    rows = MemmapRows(folder / "rows.bin")
+    sampler = BatchSampler(RandomSampler(rows), BATCH, drop_last=True)
+    loader = torch.utils.data.DataLoader(rows, sampler=sampler, batch_size=None, num_workers=workers)
     while True:
         yield from loader
 
@@ -333,7 +335,7 @@ def tokenize_figure(folder: Path, rounds: int) -> float:
         environ = os.environ | {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(cores)}
         plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
         began = time.perf_counter()
-        tokenize(names, folder / f"made-{number}", file, eos=END_OF_TEXT, processes=cores)
+        tokenize(names, folder / f"made-{number}", file, eos=END_OF_TEXT, workers=cores)
         own_s, plain_s = time.perf_counter() - began, float(plain.stdout)
         say(f"tokenize: {own_s:.1f} s with reading and writing, the tokenizer alone {plain_s:.1f} s")
         ratios.append(plain_s / own_s)

@@ -194,7 +194,7 @@ def test_another_dataset_or_seed_is_refused(root: Path, tmp_path: Path) -> None:
 
 def test_rows_say_which_tokens_count(root: Path) -> None:
     stream = Stream([root / "tokens-0"], StreamSettings(48, "best_fit"))
-    batch = stream.batch(range(20))
+    batch = stream.batch(range(20), document_ids=True)
     held = batch["document_ids"] >= 0
     assert held.any(axis=1).all()
     assert not held.all()

@@ -1,6 +1,7 @@
 """`samestep data`: what the commands print, their exit codes, and that none of them imports torch."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import tokenizers
 
 from launch.cli import main
+from tests.tiny import tiny_llama, tiny_tokens
+from trainer.config import ModelConfig, RunConfig, StreamData, TrainConfig
+from trainer.data.stream.open import open_streams
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +106,47 @@ def test_the_commands_import_no_torch(tokenizer: Path, tmp_path: Path) -> None:
     code = f"import sys; from launch.cli import app; app({words!r}, standalone_mode=False); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def tiny_settings(root: Path) -> list[str]:
+    """Settings that make recipes/pretrain_clm.py read a dataset of a few documents."""
+    tiny_llama(root / "model")
+    tiny_tokens(root / "tokens", documents=60)
+    return [
+        f"data.sources={root / 'tokens'}",
+        f"data.validation={root / 'tokens'}",
+        f"data.cache={root / 'cache'}",
+        f"model.source={root / 'model'}",
+        "data.sequence_length=48",
+        "train.global_batch_size=4",
+        "train.max_steps=3",
+    ]
+
+
+def test_show_prints_a_samples_place_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tiny_settings(tmp_path)
+    run("show", "recipes/pretrain_clm.py", "6", *settings)
+    printed = capsys.readouterr().out
+    assert "sample 6 of pretrain_clm: in step 2, place 2 of 4" in printed
+    assert f"source 0 ({tmp_path / 'tokens'}), pass 1, shard shard-" in printed
+    config = RunConfig(
+        name="show",
+        model=ModelConfig(source="x", task="clm"),
+        data=StreamData(sources=(str(tmp_path / "tokens"),), validation=str(tmp_path / "tokens"), sequence_length=48),
+        train=TrainConfig(max_steps=3, global_batch_size=4, metric="loss"),
+    )
+    streams = open_streams(config)
+    row = streams.train.batch([6], document_ids=True)
+    held = row["input_ids"][0][row["document_ids"][0] >= 0]
+    shown = [word for line in printed.splitlines()[2:] if not line.startswith("---") for word in line.split()]
+    assert shown == [f"w{token}" if token < 60 else "<end>" for token in held]
+
+
+def test_bench_reads_and_says_how_fast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("bench", "recipes/pretrain_clm.py", *tiny_settings(tmp_path), "--seconds", "0.2")
+    assert re.search(r"[\d,]+ rows of 48 in 0\.\d\d s: [\d,]+ rows/s, [\d,]+ tokens/s", capsys.readouterr().out)
+
+
+def test_show_of_a_recipe_without_token_datasets_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    run("show", "recipes/lora_sst2.py", "0", code=2)
+    assert "has data.kind=classification, and no token datasets" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_a_packed_rows_documents_do_not_see_each_other(attention: str, stream: S
     torch.manual_seed(0)
     config = LlamaConfig.from_pretrained(tiny_llama(tmp_path), use_cache=False)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    documents = stream.batch(range(8))["document_ids"]
+    documents = stream.batch(range(8), document_ids=True)["document_ids"]
     batch = read_batch(stream.batch(range(8)), 64)
     changed = batch["input_ids"].clone()
     first = torch.from_numpy(documents == 0)
@@ -47,7 +47,7 @@ def test_a_packed_rows_documents_do_not_see_each_other(attention: str, stream: S
 def test_a_document_alone_has_the_same_logits(stream: Stream, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(tiny_llama(tmp_path), use_cache=False)).eval()
-    row = stream.batch([3])
+    row = stream.batch([3], document_ids=True)
     batch = {name: torch.from_numpy(array) for name, array in row.items()}
     with torch.no_grad():
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]

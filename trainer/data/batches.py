@@ -90,12 +90,13 @@ def random_words(count: int, *key: int) -> NDArray[np.uint64]:
     """`count` 64-bit words that depend on `key` alone: SplitMix64 (Steele et al., OOPSLA 2014) at consecutive counters."""
     state = np.zeros(1, np.uint64)
     for part in key:
-        state = _mix(state + np.array([part % 2**64], np.uint64) + GOLDEN_GAMMA)
+        state = mix_words(state + np.array([part % 2**64], np.uint64) + GOLDEN_GAMMA)
     counters = np.arange(1, count + 1, dtype=np.uint64)
-    return _mix(state + counters * GOLDEN_GAMMA)
+    return mix_words(state + counters * GOLDEN_GAMMA)
 
 
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer on every word."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -35,6 +35,7 @@ class ClassificationTask:
     vocab_size = None
     count_names = ("correct",)
     shown_metrics = ("loss", "accuracy", "f1")
+    counted, speed = "examples", "samples_per_s"
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -73,6 +74,9 @@ class ClassificationTask:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return {}
+
+    def usage(self, folder: Path) -> str:
+        return f'samestep predict {folder} "your text"'
 
     def global_batch(self, step: int) -> np.ndarray:
         return self.batches.at(step)

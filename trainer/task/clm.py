@@ -34,6 +34,7 @@ class LanguageTask(ABC):
     label_names = ()
     count_names = ("bytes", "tokens", "positions")
     shown_metrics = ("loss", "perplexity", "bits_per_byte")
+    counted, speed = "targets", "tokens_per_s"
     report_split: SplitName = "validation"
 
     def __init__(
@@ -65,6 +66,10 @@ class LanguageTask(ABC):
 
     def model_info(self) -> dict[str, object]:
         return {"sequence_length": self.sequence_length}
+
+    def usage(self, folder: Path) -> str:
+        call = f"pipeline('text-generation', '{folder / 'model'}')('your text')"
+        return f'python -c "from transformers import pipeline; print({call})"'
 
     def global_batch(self, step: int) -> np.ndarray:
         size = self.config.train.global_batch_size
@@ -188,17 +193,15 @@ def check_positions(config: RunConfig, sequence_length: int) -> None:
 
 
 def read_batch(rows: dict[str, NDArray[np.int64]], sequence_length: int) -> Batch:
-    """CPU tensors of rows: input_ids, labels, position_ids (where documents are isolated), (B, T) int64; num_tokens (B,) float64.
+    """CPU tensors of rows: input_ids, labels, position_ids (where documents are isolated), (B, T) int64; num_tokens (B,) int64.
 
     Without a row: one of token 0 without targets.
     """
-    documents = rows.pop("document_ids", None)
-    count = len(rows["labels"])
-    if not count:
+    num_tokens = rows.pop("num_tokens")
+    if not len(num_tokens):
         rows = {name: np.full((1, sequence_length), IGNORED if name == "labels" else 0) for name in rows}
     batch = {name: torch.from_numpy(array) for name, array in rows.items()}
-    held = np.full(count, sequence_length) if documents is None else (documents >= 0).sum(axis=1)
-    return batch | {"num_tokens": torch.from_numpy(held.astype(np.float64))}
+    return batch | {"num_tokens": torch.from_numpy(num_tokens)}
 
 
 def language_metrics(loss_sum: float, num_targets: float, num_bytes: float) -> dict[str, float]:

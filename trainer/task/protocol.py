@@ -44,6 +44,10 @@ class Task(Protocol):
     """What `counts` counts, beside the targets."""
     shown_metrics: tuple[str, ...]
     """Of an evaluation, on the screen."""
+    counted: str
+    """What an evaluation counts: examples, targets."""
+    speed: str
+    """The metric that says how fast training is: samples_per_s, tokens_per_s."""
     report_split: SplitName
     """What the exported model is tested on at the end."""
 
@@ -55,6 +59,9 @@ class Task(Protocol):
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files by name, where it comes with the data and not with the model; a checkpoint keeps them."""
+
+    def usage(self, folder: Path) -> str:
+        """A command that uses the exported model of a run directory."""
 
     def global_batch(self, step: int) -> np.ndarray:
         """Sample ids of 0-based `step`, int64, the same on every rank and for any number of them."""

@@ -47,7 +47,7 @@ def digest(batch: dict[str, np.ndarray]) -> str:
 def test_one_pass_over_a_source_holds_every_token_of_its_rows_once(packing: Packing, folders: list[Path]) -> None:
     one = stream(folders[:1], packing, weights=(1,), max_epochs=1)
     rows = sum(one.sources[0].rows)
-    batch = one.batch(range(rows))
+    batch = one.batch(range(rows), document_ids=True)
     held = batch["input_ids"][batch["document_ids"] >= 0]
     rng = np.random.default_rng(0)
     wanted = np.concatenate([np.full(rng.integers(1, 60), document + 1) for document in range(120)])
@@ -61,7 +61,7 @@ def test_one_pass_over_a_source_holds_every_token_of_its_rows_once(packing: Pack
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_labels_positions_and_documents_of_a_row(packing: Packing, folders: list[Path]) -> None:
-    batch = stream(folders, packing).batch(range(200))
+    batch = stream(folders, packing).batch(range(200), document_ids=True)
     ids, labels, positions, documents = (
         batch[name] for name in ("input_ids", "labels", "position_ids", "document_ids")
     )

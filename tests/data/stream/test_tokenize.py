@@ -1,4 +1,4 @@
-"""`tokenize`: what comes out is what the tokenizer says, from every kind of file, by any number of processes, through any kill."""
+"""`tokenize`: what comes out is what the tokenizer says, from every kind of file, by any number of workers, through any kill."""
 
 import gzip
 import json
@@ -80,13 +80,13 @@ def test_every_kind_of_file_gives_the_tokenizers_own_tokens(kind: str, tokenizer
     assert documents_of(tmp_path / "out") == [[*plain.encode(text).ids, plain.token_to_id(END)] for text in TEXTS]
 
 
-def test_one_and_two_processes_and_a_kill_give_the_same_dataset(tokenizer: Path, tmp_path: Path) -> None:
+def test_one_and_two_workers_and_a_kill_give_the_same_dataset(tokenizer: Path, tmp_path: Path) -> None:
     root = stdlib_files()[0].parent
     names = [str(file) for file in stdlib_files() if file.parent == root][:120]
     (tmp_path / "names.json").write_text(json.dumps(names))
     whole = tokenize(names, tmp_path / "one", tokenizer, eos=END, shard_bytes=200_000)
     assert len(whole.shards) > 5
-    two = tokenize(names, tmp_path / "two", tokenizer, eos=END, shard_bytes=200_000, processes=2)
+    two = tokenize(names, tmp_path / "two", tokenizer, eos=END, shard_bytes=200_000, workers=2)
     assert two.dataset_id == whole.dataset_id
     code = (
         "import json; from pathlib import Path; from trainer.data.stream.tokenize import tokenize\n"

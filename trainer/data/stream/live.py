@@ -77,12 +77,10 @@ class LiveRows:
         self.examples: Iterator[Any] = iter(dataset)
 
     def take(self, count: int) -> Rows:
-        """The next `count` rows: input_ids, labels, position_ids, document_ids, (count, T) int64, as reader.Stream.batch gives them."""
+        """The next `count` rows: input_ids, labels, position_ids, (count, T) int64, and num_tokens, as reader.Stream.batch gives them."""
         length = self.data.sequence_length
-        rows: Rows = {
-            name: np.zeros((count, length), np.int64) for name in ("input_ids", "position_ids", "document_ids")
-        }
-        rows["labels"] = np.full((count, length), IGNORED)
+        rows: Rows = {name: np.zeros((count, length), np.int64) for name in ("input_ids", "position_ids")}
+        rows |= {"labels": np.full((count, length), IGNORED), "num_tokens": np.full(count, length)}
         for number in range(count):
             while len(self.tokens) < length:
                 self.read_document()
@@ -94,10 +92,9 @@ class LiveRows:
         length = self.data.sequence_length
         ids = np.array(self.tokens[:length])
         starts = sorted({0, *(start for start in self.starts if start < length)})
-        for document, (start, end) in enumerate(zip(starts, [*starts[1:], length], strict=True)):
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
             rows["labels"][number, start : end - 1] = ids[start + 1 : end]
             rows["position_ids"][number, start:end] = np.arange(end - start)
-            rows["document_ids"][number, start:end] = document
         rows["input_ids"][number] = ids
         self.tokens = self.tokens[length:]
         self.starts = [start - length for start in self.starts if start >= length]

@@ -12,7 +12,10 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from trainer.data.stream.order import key_of, permuted
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.stream.order import key_of, permuted_many
 from trainer.errors import ConfigError
 
 BLOCK = 1024
@@ -47,9 +50,27 @@ class Mixture:
         inside = sample - self.stages[stage].start
         number, position = divmod(inside, self.block)
         labels, ranks = self._block(stage, number)
-        source = labels[position]
+        source = int(labels[position])
         before = self.taken_before[stage][source] + targets(self.shares[stage], number * self.block)[source]
-        return source, before + ranks[position]
+        return source, before + int(ranks[position])
+
+    def span(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`at` of `count` consecutive global samples: (sources, their running numbers)."""
+        if len(self.shares[0]) == 1:
+            return np.zeros(count, np.int64), np.arange(first, first + count)
+        sources, numbers = np.empty(count, np.int64), np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            sample = first + done
+            stage = max(i for i, found in enumerate(self.stages) if found.start <= sample)
+            next_start = self.stages[stage + 1].start if stage + 1 < len(self.stages) else first + count
+            block, position = divmod(sample - self.stages[stage].start, self.block)
+            length = min(count - done, self.block - position, next_start - sample)
+            labels, ranks = (part[position : position + length] for part in self._block(stage, block))
+            before = np.add(self.taken_before[stage], targets(self.shares[stage], block * self.block))
+            sources[done : done + length], numbers[done : done + length] = labels, before[labels] + ranks
+            done += length
+        return sources, numbers
 
     def counts(self, samples: int) -> tuple[int, ...]:
         """How many of the first `samples` global samples each source gives; by counting inside the last block only."""
@@ -58,10 +79,8 @@ class Mixture:
         stage = max(i for i, found in enumerate(self.stages) if found.start < samples)
         number, position = divmod(samples - self.stages[stage].start, self.block)
         base = targets(self.shares[stage], number * self.block)
-        labels = self._block(stage, number)[0][:position]
-        return tuple(
-            self.taken_before[stage][source] + base[source] + labels.count(source) for source in range(len(base))
-        )
+        inside = np.bincount(self._block(stage, number)[0][:position], minlength=len(base)).tolist()
+        return tuple(self.taken_before[stage][source] + base[source] + inside[source] for source in range(len(base)))
 
     def _taken_before_stages(self) -> tuple[tuple[int, ...], ...]:
         taken: list[tuple[int, ...]] = [(0,) * len(self.shares[0])]
@@ -72,17 +91,16 @@ class Mixture:
         return tuple(taken)
 
     @lru_cache(maxsize=8)  # noqa: B019  (a mixture lives as long as its run)
-    def _block(self, stage: int, number: int) -> tuple[list[int], list[int]]:
+    def _block(self, stage: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source of each position of a block, and the position's rank among those of its source."""
         first, last = (targets(self.shares[stage], edge * self.block) for edge in (number, number + 1))
-        plain = [source for source in range(len(first)) for _ in range(last[source] - first[source])]
-        key = key_of(self.seed, stage, number)
-        labels = [plain[permuted(position, len(plain), key)] for position in range(len(plain))]
-        seen = [0] * len(first)
-        ranks = []
-        for label in labels:
-            ranks.append(seen[label])
-            seen[label] += 1
+        taken = np.subtract(last, first)
+        size = int(taken.sum())
+        order = permuted_many(np.arange(size), size, key_of(self.seed, stage, number))
+        labels = np.repeat(np.arange(len(taken)), taken)[order]
+        ranks = np.empty(size, np.int64)
+        for source, count in enumerate(taken.tolist()):
+            ranks[labels == source] = np.arange(count)
         return labels, ranks
 
 

@@ -7,10 +7,12 @@ shards open at a time. Both are keyed permutations (a Feistel network on the ind
 Invariant: for every (seed, epoch), k -> (shard, row) is one to one onto all rows.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.batches import mix_words
 
 MASK = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -49,6 +51,24 @@ def permuted(index: int, count: int, key: int) -> int:
             return index
 
 
+def permuted_many(indices: NDArray[np.int64], count: int, key: int) -> NDArray[np.int64]:
+    """`permuted` of many indices at once: the same numbers, a hundred times faster."""
+    half = np.uint64(max((count - 1).bit_length() + 1, 2) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64((key + turn * GOLDEN_GAMMA) & MASK) for turn in range(ROUNDS)]
+    found = np.empty(len(indices), np.uint64)
+    pending, values = np.arange(len(indices)), indices.astype(np.uint64)
+    while len(pending):
+        left, right = values >> half, values & mask
+        for turn_key in keys:
+            left, right = right, left ^ (mix_words(right + turn_key) & mask)
+        values = left << half | right
+        found[pending] = values
+        outside = values >= np.uint64(count)
+        pending, values = pending[outside], values[outside]
+    return found.astype(np.int64)
+
+
 @dataclass(frozen=True)
 class SourceOrder:
     """The order of one source's rows. Cheap to make, cheap to ask: memory O(number of shards)."""
@@ -78,22 +98,31 @@ class EpochOrder:
     def __init__(self, source: SourceOrder, epoch: int) -> None:
         count = len(source.rows)
         shard_key, self.row_key = key_of(source.seed, epoch, 0), key_of(source.seed, epoch, 1)
-        self.rows, self.window = source.rows, source.window
-        self.shards = [permuted(place, count, shard_key) for place in range(count)]
-        self.starts = [0, *accumulate(source.rows[shard] for shard in self.shards)]
+        self.window = source.window
+        self.shards = permuted_many(np.arange(count), count, shard_key)
+        self.starts = np.concatenate([[0], np.cumsum(np.array(source.rows, np.int64)[self.shards])])
         """Of each shard, in the epoch's order, and the end."""
 
     def at(self, k: int) -> tuple[int, int]:
         """(shard, row) of the epoch's k-th sample."""
-        place = bisect_right(self.starts, k) - 1
-        first = place // self.window * self.window
-        last = min(first + self.window, len(self.shards))
-        start, end = self.starts[first], self.starts[last]
-        position = start + permuted(k - start, end - start, key_of(self.row_key, first))
-        inside = bisect_right(self.starts, position) - 1
-        return self.shards[inside], position - self.starts[inside]
+        assert 0 <= k < self.starts[-1], k
+        shards, rows = self.at_many(np.array([k]))
+        return int(shards[0]), int(rows[0])
 
-    def shards_from(self, k: int) -> Sequence[int]:
-        """Shards that samples from k on still need, in the order in which their windows come."""
-        place = bisect_right(self.starts, k) - 1
-        return self.shards[place // self.window * self.window :]
+    def at_many(self, ks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(shard, row) of each of some samples; in time and memory of their number."""
+        shards, rows = np.empty_like(ks), np.empty_like(ks)
+        windows = (np.searchsorted(self.starts, ks, side="right") - 1) // self.window * self.window
+        for first in np.unique(windows).tolist():
+            mine = windows == first
+            start, end = self.starts[first], self.starts[min(first + self.window, len(self.shards))]
+            inside = permuted_many(ks[mine] - start, int(end - start), key_of(self.row_key, first))
+            places = np.searchsorted(self.starts, start + inside, side="right") - 1
+            shards[mine], rows[mine] = self.shards[places], start + inside - self.starts[places]
+        return shards, rows
+
+    def shards_from(self, shard: int) -> list[int]:
+        """Shards from the window of `shard` on, in the order in which they are needed."""
+        place = int(np.flatnonzero(self.shards == shard)[0])
+        found: list[int] = self.shards[place // self.window * self.window :].tolist()
+        return found

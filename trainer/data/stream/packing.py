@@ -37,6 +37,14 @@ class Plan:
         """Rows of the shard."""
         return len(self.row_starts) - 1
 
+    def pieces_of(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
+        """(which of the rows, first token, tokens) of every piece of some rows, in their order."""
+        firsts = self.row_starts[rows]
+        counts = self.row_starts[rows + 1] - firsts
+        before = np.cumsum(counts) - counts
+        pieces = np.arange(counts.sum()) + np.repeat(firsts - before, counts)
+        return np.repeat(np.arange(len(rows)), counts), self.starts[pieces], self.lengths[pieces]
+
     @property
     def padding_fraction(self) -> float:
         """Share of row positions without a token."""

@@ -6,10 +6,8 @@ global batches of B reads samples g B to (g + 1) B - 1; a rank takes its slice. 
 Invariant: a sample is a function of (datasets, settings, seed, number) alone.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,150 +17,21 @@ from numpy.typing import NDArray
 
 from trainer.data.batches import IGNORED, micro_batches
 from trainer.data.stream.mix import Mixture, Stage
-from trainer.data.stream.order import EpochOrder, SourceOrder, key_of
-from trainer.data.stream.packing import ALGORITHM_VERSION, Packing, Plan, make_plan
-from trainer.data.stream.plans import load_or_make_plan
+from trainer.data.stream.order import key_of
+from trainer.data.stream.packing import ALGORITHM_VERSION
 from trainer.data.stream.remote import RemoteDataset
-from trainer.data.stream.shards import DatasetManifest, ShardReader, hash_bytes, read_ends, read_manifest
+from trainer.data.stream.segment import Cut, Segment
+from trainer.data.stream.shards import hash_bytes
+from trainer.data.stream.source import Place, Source, StreamSettings
 from trainer.errors import DataError
 
+__all__ = ["Batch", "Place", "Source", "Stream", "StreamSettings"]
+
 STATE_FORMAT = 1
-OPEN_SHARDS = 64
-"""Open at a time, over all sources: more than the windows of a few sources."""
+SEGMENT, KEPT_SEGMENTS = 4096, 2
+"""Samples whose places are worked out together, and how many such are kept."""
 
 Batch = dict[str, NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What decides every sample of a stream."""
-
-    sequence_length: int
-    """Tokens of a row."""
-    packing: Packing = "concat"
-    isolate: bool = True
-    """Positions start anew with each document, which attention does not leave; no target is across an edge."""
-    seed: int = 0
-    window: int = 8
-    """Shards whose rows are shuffled together."""
-    max_epochs: float = 1.0
-    """Most passes over any source; more is an error, not silent repetition."""
-    shuffle: bool = True
-    """Off: rows in the order of the files, for validation."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sample comes from."""
-
-    source: int
-    epoch: int
-    shard: int
-    row: int
-
-
-class Source:
-    """One dataset: manifests, plans, the order of its rows, open shards."""
-
-    def __init__(
-        self, dataset: Path | RemoteDataset, settings: StreamSettings, number: int, plan_folder: Path | None
-    ) -> None:
-        """plan_folder: where plans are kept between starts; None keeps them in memory."""
-        self.remote = dataset if isinstance(dataset, RemoteDataset) else None
-        self.folder = dataset.folder if isinstance(dataset, RemoteDataset) else dataset
-        self.settings, self.plan_folder = settings, plan_folder
-        self.manifest: DatasetManifest = read_manifest(self.folder)
-        self.position = 0  # the sample that was placed last, from where shards are fetched ahead
-        self.window_start = -1
-        self.seed = key_of(settings.seed, number)
-        self.readers: OrderedDict[int, ShardReader] = OrderedDict()
-        self.plans: OrderedDict[int, Plan] = OrderedDict()
-        self.orders: dict[int, EpochOrder] = {}
-        self.lock = threading.Lock()
-
-    @property
-    def name(self) -> str:
-        """Its URL or folder, for people."""
-        return self.remote.url if self.remote is not None else str(self.folder)
-
-    @cached_property
-    def rows(self) -> tuple[int, ...]:
-        """Of each shard."""
-        length = self.settings.sequence_length
-        if self.settings.packing == "concat":
-            return tuple(shard.tokens // length for shard in self.manifest.shards)
-        return tuple(self.plan(number).num_rows for number in range(len(self.manifest.shards)))
-
-    def plan(self, shard: int) -> Plan:
-        """Of one shard; made once, then read from `plan_folder`."""
-        with self.lock:
-            if shard not in self.plans:
-                self.plans[shard] = self._load_plan(shard)
-                if len(self.plans) > OPEN_SHARDS:
-                    self.plans.popitem(last=False)
-            return self.plans[shard]
-
-    def _load_plan(self, shard: int) -> Plan:
-        settings = self.settings
-
-        def make() -> Plan:
-            if self.remote is not None:
-                self.remote.ends(found)
-            return make_plan(read_ends(self.folder, found), settings.sequence_length, settings.packing)
-
-        found = self.manifest.shards[shard]
-        key = f"{found.ends_hash}-{settings.packing}-{settings.sequence_length}-{ALGORITHM_VERSION}"
-        return load_or_make_plan(self.plan_folder, key, settings.sequence_length, make)
-
-    def reader(self, shard: int) -> ShardReader:
-        """An open shard; the one used longest ago is closed."""
-        with self.lock:
-            if shard not in self.readers:
-                if self.remote is not None:
-                    self.fetch(self.remote, shard)
-                self.readers[shard] = ShardReader(self.folder, self.manifest.shards[shard], self.manifest.dtype)
-                if len(self.readers) > OPEN_SHARDS:
-                    self.readers.popitem(last=False)
-            self.readers.move_to_end(shard)
-            return self.readers[shard]
-
-    def fetch(self, remote: RemoteDataset, shard: int) -> None:
-        """Wait for a shard, and let those of the next window come meanwhile."""
-        epoch, inside = divmod(self.position, max(sum(self.rows), 1))
-        here, after = self.order(epoch), self.order(epoch + 1)
-        upcoming = [*here.shards_from(inside), *after.shards]
-        remote.fetch(shard, upcoming)
-        if upcoming[0] != self.window_start:
-            self.window_start = upcoming[0]
-            remote.fetch_ahead(upcoming[: 2 * self.settings.window], upcoming)
-
-    def order(self, epoch: int) -> EpochOrder:
-        """Of one pass over the source; the last two are kept."""
-        if epoch not in self.orders:
-            self.orders = {kept: order for kept, order in self.orders.items() if abs(kept - epoch) <= 1}
-            self.orders[epoch] = SourceOrder(self.rows, self.seed, self.settings.window).epoch(epoch)
-        return self.orders[epoch]
-
-    def place(self, k: int) -> tuple[int, int, int]:
-        """(epoch, shard, row) of the source's k-th sample. DataError after `max_epochs` passes."""
-        total = sum(self.rows)
-        if total == 0:
-            raise DataError(
-                f"{self.folder} has not one row of {self.settings.sequence_length} tokens; lower data.sequence_length"
-            )
-        if k >= self.settings.max_epochs * total:
-            raise DataError(
-                f"{self.folder} has {total:,} rows, and sample {k:,} would be pass {k // total + 1} over it; raise data.max_epochs "
-                f"({self.settings.max_epochs:g}), lower its weight, or train fewer steps"
-            )
-        epoch, inside = divmod(k, total)
-        self.position = k
-        return (epoch, *(self.order(epoch).at(inside) if self.settings.shuffle else self._in_file_order(inside)))
-
-    def _in_file_order(self, inside: int) -> tuple[int, int]:
-        ends = np.cumsum(self.rows)
-        shard = int(np.searchsorted(ends, inside, side="right"))
-        return shard, inside - (int(ends[shard - 1]) if shard else 0)
 
 
 class Stream:
@@ -188,6 +57,9 @@ class Stream:
         tokens = tuple(float(source.manifest.num_tokens) for source in self.sources)
         self.stages = tuple(stages or [Stage(0, tokens)])
         self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32))
+        self._segments: dict[int, Segment] = {}
+        ramp = np.arange(settings.sequence_length)
+        self._ramps = [ramp[:size] for size in range(settings.sequence_length + 1)]
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -195,62 +67,78 @@ class Stream:
         return tuple(sum(source.rows) for source in self.sources)
 
     def place(self, sample: int) -> Place:
-        """Where a global sample comes from."""
-        number, k = self.mixture.at(sample)
-        return Place(number, *self.sources[number].place(k))
+        """Where a global sample comes from. DataError where a source would be read too often."""
+        return Place(*self._place(sample))
 
-    def batch(self, samples: Sequence[int]) -> Batch:
-        """(B, T) int64 arrays of these global samples: input_ids, labels; with `isolate` also position_ids and document_ids.
+    def _place(self, sample: int) -> tuple[int, int, int, int]:
+        segment, inside = self._segment(sample // SEGMENT), sample % SEGMENT
+        if inside >= segment.num_samples:
+            source, k = self.mixture.at(sample)
+            self.sources[source].check(k)
+        source, epoch, shard, row = segment.places[:, inside].tolist()
+        return source, epoch, shard, row
 
-        labels[b, t] is the token after input_ids[b, t]; -100 where that is another document, another row or padding. Document ids count
-        from 0 in each row; padding has -1.
+    def _segment(self, number: int) -> Segment:
+        """SEGMENT consecutive samples, up to the first that a source would have to give once too often; the last few are kept."""
+        segment = self._segments.get(number)
+        if segment is None:
+            sources, ks = self.mixture.span(number * SEGMENT, SEGMENT)
+            found = np.empty((4, SEGMENT), np.int64)
+            found[0] = sources
+            for source in np.unique(sources).tolist():
+                mine = sources == source
+                found[1:, mine] = self.sources[source].places(ks[mine])
+            allowed = int(np.argmin(np.append(found[1], -1)))
+            segment = self._segments[number] = Segment(found[:, :allowed], self.sources, self._ramps)
+            while len(self._segments) > KEPT_SEGMENTS:
+                del self._segments[next(iter(self._segments))]
+        return segment
+
+    def batch(self, samples: Sequence[int], *, document_ids: bool = False) -> Batch:
+        """Arrays of these global samples, B rows of T: input_ids, labels; with `isolate` also position_ids, all (B, T) int64.
+
+        labels[b, t] is the token after input_ids[b, t]; -100 where that is another document, another row or padding. num_tokens: (B,)
+        int64, tokens of each row that are no padding. document_ids: (B, T) int64 if asked for, counted from 0 in each row, padding -1.
         """
-        shape = (len(samples), self.settings.sequence_length)
-        ids = np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORED)
-        isolate = self.settings.isolate
-        positions = np.zeros(shape, np.int64) if isolate else None
-        documents = np.full(shape, -1) if isolate else None
-        ramp = np.arange(shape[1])
-        for b, sample in enumerate(samples):
-            place = self.place(sample)
-            source = self.sources[place.source]
-            reader = source.reader(place.shard)
-            if positions is None or documents is None:
-                start = place.row * shape[1]
-                self._fill_plain(ids[b], labels[b], source, reader, place, start)
-                continue
-            plan = source.plan(place.shard)
-            first, last = plan.row_starts[place.row], plan.row_starts[place.row + 1]
-            at = 0
-            for number, piece in enumerate(range(first, last)):
-                length = int(plan.lengths[piece])
-                tokens = reader.tokens(int(plan.starts[piece]), length)
-                end = at + length
-                ids[b, at:end] = tokens
-                labels[b, at : end - 1] = tokens[1:]
-                positions[b, at:end] = ramp[:length]
-                documents[b, at:end] = number
-                at = end
-        batch = {"input_ids": ids, "labels": labels}
-        if positions is not None and documents is not None:
-            batch |= {"position_ids": positions, "document_ids": documents}
-        return batch
+        shape, isolate = (len(samples), self.settings.sequence_length), self.settings.isolate
+        cut = self._cut(samples)
+        if not isolate and not document_ids and not any(count < shape[1] for count in cut.held):
+            return plain_batch(cut, shape)
+        # Two arrays of one size lie 16 bytes apart modulo a page, where a copy shifted by one token takes 10 times as long (4K aliasing).
+        flat_labels = np.empty(shape[0] * shape[1] + 64, np.int64)[64:]
+        ids, labels = np.empty(shape, np.int64), flat_labels.reshape(shape)
+        if cut.tokens:
+            np.concatenate(cut.tokens, out=ids.reshape(-1))
+        flat_labels[:-1] = ids.reshape(-1)[1:]
+        labels[:, -1] = IGNORED
+        batch = {"input_ids": ids, "labels": labels, "num_tokens": np.array(cut.held, np.int64)}
+        if isolate:
+            flat_labels[cut.lasts] = IGNORED
+            batch["position_ids"] = np.empty(shape, np.int64)
+            if cut.tokens:
+                np.concatenate(cut.positions, out=batch["position_ids"].reshape(-1))
+        for b, count in enumerate(cut.held):
+            if count < shape[1]:
+                labels[b, count - 1 :] = IGNORED
+        return batch | {"document_ids": cut.document_ids(shape)} if document_ids else batch
 
-    def _fill_plain(self, ids: Any, labels: Any, source: Source, reader: ShardReader, place: Place, start: int) -> None:
-        """A row whose documents see each other."""
-        length = self.settings.sequence_length
-        if self.settings.packing == "concat":
-            tokens = reader.tokens(start, length)
-            ids[:] = tokens
-            labels[:-1] = tokens[1:]
-            return
-        plan, at = source.plan(place.shard), 0
-        for piece in range(plan.row_starts[place.row], plan.row_starts[place.row + 1]):
-            end = at + int(plan.lengths[piece])
-            ids[at:end] = reader.tokens(int(plan.starts[piece]), end - at)
-            at = end
-        labels[: at - 1] = ids[1:at]
+    def _cut(self, samples: Sequence[int]) -> Cut:
+        """What these samples are made of, verified; consecutive ones are taken together."""
+        cut, at = Cut([], [], np.zeros(0, np.int64), []), 0
+        while at < len(samples):
+            first = samples[at]
+            self._place(first)  # raises for one that must not be read
+            segment, inside = self._segment(first // SEGMENT), first % SEGMENT
+            count = 1
+            while (
+                at + count < len(samples)
+                and samples[at + count] == first + count
+                and inside + count < segment.num_samples
+            ):
+                count += 1
+            cut = segment.cut(inside, inside + count).after(cut, at * self.settings.sequence_length)
+            at += count
+        return cut
 
     def micro_batches(
         self, first_sample: int, batch_size: int, rank: int, world_size: int, micro_batch_size: int | None
@@ -294,3 +182,14 @@ class Stream:
                     f"{what} changed since the checkpoint ({state.get(name)} is now {now[name]}); restore it, or start anew"
                 )
         return int(state["samples"])
+
+
+def plain_batch(cut: Cut, shape: tuple[int, int]) -> Batch:
+    """Full rows whose documents see each other: input_ids and labels are two views of the same numbers."""
+    rows = np.empty((shape[0], shape[1] + 1), np.int64)
+    rows[:, shape[1]] = IGNORED
+    if len(cut.tokens) == shape[0] > 0:
+        np.concatenate([piece[None] for piece in cut.tokens], out=rows[:, :-1])
+    elif cut.tokens:
+        rows[:, :-1] = np.concatenate(cut.tokens).reshape(shape)
+    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "num_tokens": np.full(shape[0], shape[1])}

@@ -11,7 +11,6 @@ describe other tools' files in place. Invariant: no token is read before the blo
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -226,9 +225,10 @@ class ShardReader:
             raise DataError(
                 f"{self.path} has {size:,} bytes, but its manifest says {wanted:,}: it is truncated or another file"
             )
-        self.bytes = np.memmap(self.path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
-        self.verified = np.zeros(len(shard.blocks), bool)
-        self.lock = threading.Lock()
+        self.bytes = np.asarray(np.memmap(self.path, np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
+        self.array: Tokens = self.bytes[shard.data_offset : wanted].view(self.dtype)
+        self.verified = bytearray(len(shard.blocks))
+        self.num_unverified = len(shard.blocks)
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
@@ -237,24 +237,28 @@ class ShardReader:
 
     def tokens(self, start: int, length: int) -> Tokens:
         """Tokens start to start + length - 1, a read-only view. DataError names the block that was changed."""
-        first = self.shard.data_offset + start * self.dtype.itemsize
-        last = first + length * self.dtype.itemsize
-        self.verify(first, last)
-        return self.bytes[first:last].view(self.dtype)
+        self.verify_tokens(start, length)
+        return self.array[start : start + length]
+
+    def verify_tokens(self, start: int, length: int) -> None:
+        """Let every token of a range be of a verified block."""
+        if self.num_unverified:
+            first = self.shard.data_offset + start * self.dtype.itemsize
+            self.verify(first, first + length * self.dtype.itemsize)
 
     def verify(self, first: int, last: int) -> None:
         """Hash the blocks of bytes first to last - 1 that have not been yet."""
-        span = range(first // BLOCK, -(-last // BLOCK))
-        if self.verified[span.start : span.stop].all():
-            return
-        with self.lock:
-            for block in span:
-                if not self.verified[block]:
-                    content = self.bytes[block * BLOCK : (block + 1) * BLOCK]
-                    if hash_bytes(content.data) != self.shard.blocks[block]:
-                        place = f"{self.path}: bytes from {block * BLOCK:,} on"
-                        raise DataError(f"{place} were changed after they were written: their hash differs")
-                    self.verified[block] = True
+        for block in range(first // BLOCK, -(-last // BLOCK)):
+            if not self.verified[block]:
+                self._verify_block(block)
+
+    def _verify_block(self, block: int) -> None:
+        content = self.bytes[block * BLOCK : (block + 1) * BLOCK]
+        if hash_bytes(content.data) != self.shard.blocks[block]:
+            place = f"{self.path}: bytes from {block * BLOCK:,} on"
+            raise DataError(f"{place} were changed after they were written: their hash differs")
+        self.verified[block] = 1
+        self.num_unverified = self.verified.count(0)
 
 
 def read_ends(folder: Path, shard: Shard) -> NDArray[np.int64]:

@@ -48,7 +48,13 @@ def make_datasets(folder: Path) -> None:
     try:
         train_tokenizer(parts["train"], staging / "tokenizer.json")
         for part, documents in parts.items():
-            tokenize([str(file) for file in documents], staging / part, staging / "tokenizer.json", eos=END_OF_TEXT)
+            tokenize(
+                [str(file) for file in documents],
+                staging / part,
+                staging / "tokenizer.json",
+                eos=END_OF_TEXT,
+                workers=2,
+            )
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     finally:
