@@ -14,7 +14,7 @@ from trainer.task import build_task
 
 DEFAULTS = RunConfig(
     name="lora_sst2",
-    model=ModelConfig(source="asset:minilm", dropout=0.0, attention_dropout=0.0),  # faster, and as good: README
+    model=ModelConfig(source="asset:minilm"),
     method=LoraConfig(rank=16, alpha=32, targets="all-linear"),
     data=ClassificationData(source="asset:sst", labels=("negative", "positive")),
     optim=OptimConfig(peak_lr=5e-4, schedule="linear", warmup_fraction=0.1, weight_decay=0.01),

@@ -4,7 +4,8 @@
     python tests/bench/bench_checkpoint.py --layers 2 --rounds 1
 
 In one run and one process group: 30 steps with one save by samestep in the 10th; the same state by `accelerator.save_state`, which
-training waits for; by `torch.save`, without sharding or optimizer names; then, both from files that are not in the page cache, samestep's restore, verification included, and `load_state`.
+training waits for; by `torch.save`, without sharding or optimizer names; then samestep's restore, verification included, and
+`load_state`, both from files that are not in the page cache, as after a restart.
 stall: longest step minus the median step. total: wall time of the 30 steps minus 30 median steps. published: from the call to the rename.
 The last line is one JSON object of ratios to save_state and load_state: of each the worse backend, the median over rounds.
 """

@@ -4,7 +4,7 @@
     python tests/bench/bench_sst2.py --accuracy          # also trains samestep and HF Trainer in full with 3 paired seeds
     python tests/bench/bench_sst2.py --only ddp --samples 256 --rounds 1
 
-Everything follows recipes/lora_sst2.py but for dropout, which is the model's own (0.1), as a Hugging Face user has it: same weights, LoRA
+Everything follows recipes/lora_sst2.py, whose dropout is the model's own (0.1), as a Hugging Face user has it: same weights, LoRA
 layers, dropout rates, samples, batch size, learning rate and threads for all. A peer's model is plain transformers and PEFT, with
 torch's own dropout; the bare loops take samestep's model, optimizer and batches, made into tensors
 beforehand. Each contestant takes warm-up steps first, then one whole epoch is timed, without evaluation or logging.
@@ -47,7 +47,7 @@ from tests.bench.timing import (
     time_steps,
 )
 from tests.rank_pool import run_ranks
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.data.batches import epoch_batches, micro_batches
 from trainer.data.classify import ClassificationSet, read_splits
 from trainer.loop import Trainer
@@ -61,9 +61,6 @@ PARTS = ("speed", "predict", "ddp")
 NUM_SENTENCES = 1000
 NUM_ONE_AT_A_TIME = 100  # of them, for the slow loop; sentences per second are compared
 SEEDS = (0, 1, 2)
-CONFIG = DEFAULTS.model_copy(
-    update={"model": ModelConfig(source=DEFAULTS.model.source)}
-)  # None keeps the model's own dropout
 LONGEST_S = 4 * 3600  # full training on one thread
 
 
@@ -71,7 +68,7 @@ def main() -> None:
     """Measure, print tables, print ratios."""
     asked = parse_arguments()
     start_ranks_quietly()
-    job = Job(CONFIG, asked.samples, asked.threads)
+    job = Job(DEFAULTS, asked.samples, asked.threads)
     speed = measure_speed(job, asked.rounds) if "speed" in asked.only else {}
     predict = measure_prediction(job, asked.rounds) if "predict" in asked.only else {}
     ddp = measure_ddp(job, asked.rounds) if "ddp" in asked.only else {}
