@@ -1,6 +1,5 @@
 """`samestep checkpoint export`, `list`, `inspect`: plain libraries open what any backend's shards become, on one CPU process."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from launch.cli import main
 from tests.distributed.resume_runs import make_config, train
@@ -122,16 +122,28 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
         assert message in capsys.readouterr().err
 
 
-def test_an_export_of_another_base_is_refused_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
+def change_base(folder: Path) -> None:
+    """Other weights in the same shapes."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_adapter_on_another_base_is_refused_and_a_whole_model_needs_none(
+    method: str, root: Path, tmp_path: Path
+) -> None:
     from trainer.errors import SamestepError
 
     other = tmp_path / "other"
     shutil.copytree(root / "model", other)
-    config = make_config(root, tmp_path / "run", max_steps=2)
+    config = make_config(root, tmp_path / "run", method=method, max_steps=2)
     config = config.model_copy(update={"model": config.model.model_copy(update={"source": str(other)})})
     run_ranks(train, "single", 1, args=(config,))
-    settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(settings | {"hidden_size": 64}))
-    with pytest.raises(SamestepError, match="export is not possible"):
-        export_checkpoint(list_checkpoints(config.folder / "checkpoints")[0], tmp_path / "out")
+    change_base(other)
+    checkpoint = list_checkpoints(config.folder / "checkpoints")[0]
+    if method == "full":
+        export_checkpoint(checkpoint, tmp_path / "out")
+        return
+    with pytest.raises(SamestepError, match="is not the base that this checkpoint was trained on"):
+        export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

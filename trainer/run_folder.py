@@ -18,6 +18,8 @@ INFO_FILE = "samestep.json"
 """In an exported model's folder: what prediction needs to know."""
 
 
+NEEDED = {"classification": ("base", "label_names", "max_length")}
+"""What prediction needs to know, by task."""
 USE = {"clm": "open it with transformers' AutoModelForCausalLM.from_pretrained"}
 """How an exported model of another task is used."""
 
@@ -41,14 +43,15 @@ def _checked(folder: Path) -> Path:
     file = folder / INFO_FILE
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        missing = [name for name in ("task", "base") if name not in info]
+        task = info.get("task", "classification")
+        missing = [name for name in NEEDED.get(task, ("base",)) if name not in info]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; take the model folder from its run again")
-    if info["task"] != "classification":
+    if task != "classification":
         raise CheckpointError(
-            f"{folder} holds a model of task {info['task']}, and predict is for classification; {USE[info['task']]}"
+            f"{folder} holds a model of task {task}, and predict is for classification; {USE.get(task, 'open it with transformers')}"
         )
     return folder
 

@@ -62,7 +62,7 @@ def note_steps(trainer: Trainer, facts: dict[str, Any]) -> None:
         take_step()
         facts["losses"][step] = float(trainer.progress.window.loss_sum) - before
         facts["ids"][step] = trainer.global_batch(step).tolist()
-        facts["rows"][step] = [row for batch in read.pop(step) for row in batch["input_ids"].tolist()]
+        facts["rows"][step] = [row for batch in read.pop(step, []) for row in batch["input_ids"].tolist()]
 
     read: dict[int, list[dict[str, Tensor]]] = {}
     micro_batches_of_step = trainer.micro_batches_of_step

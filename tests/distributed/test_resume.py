@@ -149,7 +149,7 @@ def test_a_finished_run_says_so_and_is_left_alone(root: Path) -> None:
 
 def test_a_kill_right_after_an_epochs_edge_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", save_every=7, eval_every=4)
-    assert start(config, "ddp", 2, fault="step@1:9") is None
+    assert start(config, "ddp", 2, fault="save.pruned:1") is None
     assert steps_published(config.folder) == [7]
     assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=7)
 
@@ -190,7 +190,7 @@ def test_another_base_or_other_data_is_refused(root: Path, tmp_path: Path) -> No
     assert start(config, "ddp", 2, fault="step@0:4") is None
     tiny_sentences(moved["data"], rows=160, seed=1)
     for facts in refused(config):
-        assert "was trained on other data than data.source" in facts["error"]
+        assert "was trained on other data than the settings of section data name now" in facts["error"]
     tiny_sentences(moved["data"], rows=160)
     change_weights(moved["model"])
     for facts in refused(config):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.distributed.resume_runs import metrics_of, start
 from tests.rank_pool import BACKENDS, run_ranks
 from tests.tiny import tiny_llama, tiny_tokens
-from trainer.config import ModelConfig, OptimConfig, RunConfig, StreamData, TrainConfig
+from trainer.config import ModelConfig, OptimConfig, ProbeConfig, RunConfig, StreamData, TrainConfig
 from trainer.data.stream.mix import Stage
 from trainer.data.stream.reader import Stream, StreamSettings
 
@@ -202,3 +202,20 @@ def test_rows_say_which_tokens_count(root: Path) -> None:
     assert np.array_equal(
         batch["labels"][:, :-1][batch["labels"][:, :-1] >= 0], batch["input_ids"][:, 1:][batch["labels"][:, :-1] >= 0]
     )
+
+
+def test_parity_records_the_same_steps_with_unequal_targets(root: Path, tmp_path: Path) -> None:
+    records = {}
+    for backend, ranks in (("single", 1), ("fsdp", 2), ("zero3", 2)):
+        config = make_config(root, tmp_path / "run")
+        probe = ProbeConfig(folder=tmp_path / backend, steps=3)
+        seen = start(config.model_copy(update={"probe": probe}), backend, ranks)
+        assert seen is not None
+        assert [facts["error"] for facts in seen] == [None] * ranks
+        records[backend] = json.loads((tmp_path / backend / "record.json").read_text())["steps"]
+    for backend in ("fsdp", "zero3"):
+        for one, two in zip(records[backend], records["single"], strict=True):
+            assert one["sample_ids"] == two["sample_ids"]
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+            assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+            assert len(set(one["targets_per_rank"])) == 2

@@ -127,7 +127,7 @@ def load_exported(
 
 def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     """The model of a full or head run."""
-    model, report = AUTO_MODELS[info["task"]].from_pretrained(
+    model, report = AUTO_MODELS[info.get("task", "classification")].from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
     )
     if report["missing_keys"]:
@@ -141,7 +141,9 @@ def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool)
     """The base model that samestep.json names, with the adapter on it."""
     from peft import PeftModel
 
-    base = ModelConfig(source=info["base"], task=info["task"], trust_remote_code=trust_remote_code)
+    base = ModelConfig(
+        source=info["base"], task=info.get("task", "classification"), trust_remote_code=trust_remote_code
+    )
     model = AUTO_MODELS[base.task].from_pretrained(
         model_location(base.source),
         config=load_architecture(base, info.get("label_names", ())),
