@@ -16,6 +16,7 @@ from launch.command import PRECISIONS, RunOptions, backend_names
 from trainer.checkpoint.resume import decide_start
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, SamestepError
+from trainer.quiet import quiet_libraries
 from trainer.resolve import try_resolve
 from trainer.resolve.inputs import input_problems
 from trainer.resolve.suggest import nearest_word
@@ -34,6 +35,7 @@ class Machine:
 
 def check_run(options: RunOptions) -> None:
     """Raise ConfigError with the problems of all checks, if there are any."""
+    quiet_libraries()
     done = options.complete()
     assert done.processes is not None
     problems = [*backend_problems(done, this_machine()), *recipe_problems(done, done.processes)]
@@ -44,6 +46,7 @@ def check_run(options: RunOptions) -> None:
 
 def check_parity(options: RunOptions, backends: Sequence[str], processes: Sequence[int], *, has_splits: bool) -> None:
     """The same for all variants of `samestep parity`. With splits the global batch follows from them and fits."""
+    quiet_libraries()
     machine = this_machine()
     most = max(processes)
     problems: list[str] = []

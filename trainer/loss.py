@@ -23,10 +23,11 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of every token, in fp32.
 
-    logits: (B, T, V) any float dtype; labels: (B, T) int64, already shifted: the token after each position; -100 where not a target.
+    logits: (B, P + T, V) any float dtype, of which the first P are of virtual tokens and no targets; labels: (B, T) int64, already
+    shifted: the token after each position; -100 where not a target.
     Returns (B, T) fp32, 0.0 where there is no target. Local to the rank: no collective.
     """
     losses = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, -labels.shape[1] :].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view(labels.shape)

@@ -13,8 +13,7 @@ from torch import nn
 from trainer.backend.wrap import repeated_blocks
 from trainer.config import RunConfig, TrainConfig
 from trainer.model.heads import encoder_of, head_parameters, without_adapter
-
-DEFAULT_PEAK_LR = {"full": 2e-5, "head": 1e-3, "lora": 3e-4}
+from trainer.model.methods import METHODS
 
 
 def lr_at(
@@ -70,7 +69,7 @@ def shape_at(progress: float, schedule: str) -> float:
 
 def peak_lr(config: RunConfig) -> float:
     """The highest learning rate of everything but the head: as set, or the method's common default."""
-    return config.optim.peak_lr if config.optim.peak_lr is not None else DEFAULT_PEAK_LR[config.method.name]
+    return config.optim.peak_lr if config.optim.peak_lr is not None else METHODS[config.method.name].peak_lr
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.AdamW:
@@ -90,7 +89,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         if not parameter.requires_grad:
             continue
         decay = 0.0 if id(parameter) in undecayed else config.optim.weight_decay
-        factor = factors[id(parameter)]
+        factor = factors.get(id(parameter), 1.0)  # virtual tokens belong to no layer
         group = groups.setdefault(
             (decay, factor),
             {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor, "lr": peak_lr(config) * factor},
@@ -101,12 +100,12 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
 
 def parameters_without_decay(model: nn.Module) -> set[int]:
-    """Ids of biases, of embeddings and of all weights of normalization layers."""
+    """Ids of biases and other vectors, of embeddings, of all weights of normalization layers, and of IA3's factors, which rest at 1."""
     found = set()
-    for module in model.modules():
-        whole = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
+    for path, module in model.named_modules():
+        whole = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__ or path.endswith(".ia3_l")
         for name, parameter in module.named_parameters(recurse=False):
-            if whole or name.endswith("bias"):
+            if whole or name.endswith("bias") or parameter.dim() < 2:
                 found.add(id(parameter))
     return found
 

@@ -22,7 +22,8 @@ from trainer.config import RunConfig
 from trainer.errors import SamestepError
 from trainer.faults import fault_point
 from trainer.log import RunLog, lock_run_folder, start_run_folder, write_summary
-from trainer.model.export import adapter_settings, export_model, is_adapter, load_exported
+from trainer.model.export import adapter_files, export_model, load_exported
+from trainer.model.methods import METHODS
 from trainer.plots import plot_curves
 from trainer.resolve import config_to_yaml
 from trainer.run_folder import INFO_FILE
@@ -112,8 +113,7 @@ class RunOutput:
             "config.json": cast(Any, self.engine.module).config.to_json_string(use_diff=False),
             INFO_FILE: json.dumps(self.describe_model(step), indent=1),
         }
-        if is_adapter(self.engine.module):
-            files["adapter_config.json"] = json.dumps(adapter_settings(self.engine.module), indent=1)
+        files |= adapter_files(self.engine.module)
         return {name: text.encode() for name, text in files.items()} | self.task.tokenizer_files()
 
     def write_outcome(self, outcome: str, progress: "Progress") -> None:
@@ -156,7 +156,7 @@ class RunOutput:
 
     def export(self, step: int) -> None:
         """Write the present weights as a model or adapter that opens without samestep; replaces the earlier one whole. Collective."""
-        adapter = self.config.method.name == "lora"
+        adapter = METHODS[self.config.method.name].is_adapter
         state: dict[str, Tensor] = {}
         for name, tensor in self.engine.weights(trainable_only=adapter):
             if self.is_main:
@@ -184,10 +184,13 @@ class RunOutput:
 
     def describe_model(self, step: int) -> dict[str, object]:
         """model/samestep.json: what prediction needs to know."""
+        method = self.config.method
+        quantization = method.model_dump(include={"quantize", "double_quantization"})
         return {
             "task": self.config.model.task,
-            "method": self.config.method.name,
+            "method": method.name,
             "base": self.config.model.source,
+            **({"quantization": quantization} if quantization else {}),
             **self.task.model_info(),
             "step": step,
         }
@@ -238,7 +241,7 @@ class RunOutput:
         self, progress: "Progress", split_name: str, metrics: Mapping[str, float], elapsed_s: float
     ) -> str:
         """The last lines of a run."""
-        kind = "adapter" if self.config.method.name == "lora" else "model"
+        kind = "adapter" if METHODS[self.config.method.name].is_adapter else "model"
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "count")
         return (
             f"{split_name} ({int(metrics['count']):,} {self.task.counted}, exported {kind} of step {progress.best_step}): {numbers}\n"

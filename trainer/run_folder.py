@@ -65,7 +65,7 @@ def _why_nothing_was_found(path: Path) -> str:
         return (
             f"RUN ({path}) has no exported model, because the run has not finished its first evaluation; run it again"
         )
-    if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+    if any((path / name).is_file() for name in ("adapter_config.json", "bottleneck_config.json", "config.json")):
         return (
             f"RUN ({path}) holds a model without {INFO_FILE}, which samestep writes beside it; copy that file there too"
         )

@@ -1,10 +1,12 @@
 """Each method trains exactly the weights it says; LoRA's sizes and targets; mistakes found on the meta device."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
@@ -12,9 +14,30 @@ from transformers import (
     RobertaConfig,
 )
 
-from trainer.config import FullConfig, HeadConfig, LoraConfig, ModelConfig, RunConfig
+from tests.tiny import tiny_llama
+from trainer.config import (
+    AdapterConfig,
+    BitfitConfig,
+    DoraConfig,
+    FullConfig,
+    HeadConfig,
+    Ia3Config,
+    LoraConfig,
+    MethodConfig,
+    ModelConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QloraConfig,
+    RunConfig,
+    StreamData,
+    TrainConfig,
+    VeraConfig,
+)
 from trainer.errors import ConfigError
-from trainer.model.methods import apply_method, check_method, resolve_targets
+from trainer.model.bottleneck import Bottleneck
+from trainer.model.methods import METHODS, apply_method, check_method
+from trainer.model.targets import resolve_targets
 
 SMALL_BERT = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
 SMALL_ROBERTA = RobertaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -31,6 +54,58 @@ SMALL_GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, bos_token
 def test_lora_on_bert_base_adds_the_published_number_of_parameters(method: LoraConfig, expected: int) -> None:
     model = on_meta(BertConfig(), method)
     assert sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) == expected
+
+
+def test_lora_adds_the_published_share_of_the_matrices_it_adapts() -> None:
+    attention = ("query", "key", "value", "attention.output.dense")
+    for rank, targets, share in ((16, attention, 0.0417), (8, ("query",), 0.0208)):
+        model = on_meta(BertConfig(), LoraConfig(rank=rank, targets=targets))
+        added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        adapted = sum(
+            model.get_submodule(f"base_model.model.{name}.base_layer").weight.numel()
+            for name in resolve_targets(plain(BertConfig()), targets)
+        )
+        assert added / adapted == pytest.approx(share, abs=5e-5)
+
+
+D, FF, LAYERS, TOKENS = 768, 3072, 12, 20
+HEAD = 2 * D + 2
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (BitfitConfig(), LAYERS * (4 * D + FF + D + 2 * D) + D + D + HEAD),  # layers, embeddings' norm, pooler
+        (PromptConfig(), TOKENS * D + HEAD),
+        (PrefixConfig(), TOKENS * 2 * LAYERS * D + HEAD),
+        (PrefixConfig(projection_size=512), TOKENS * D + D * 512 + 512 + 512 * 2 * LAYERS * D + 2 * LAYERS * D + HEAD),
+        (PTuningConfig(), TOKENS * D + D * 128 + 128 + 128 * 128 + 128 + 128 * D + D + HEAD),
+        (Ia3Config(), LAYERS * (D + D + D + FF) + HEAD),  # keys, values, input of both dense layers
+        (AdapterConfig(size=64), LAYERS * 2 * (2 * D * 64 + 64 + D) + HEAD),
+        (AdapterConfig(size=64, placement="pfeiffer"), LAYERS * (2 * D * 64 + 64 + D) + HEAD),
+        (VeraConfig(targets=("query", "value")), LAYERS * 2 * (256 + D) + HEAD),
+        (DoraConfig(targets=("query",)), LAYERS * (2 * 8 * D + D) + HEAD),
+    ],
+)  # fmt: skip
+def test_a_method_on_bert_base_trains_what_its_formula_says(method: MethodConfig, expected: int) -> None:
+    model = on_meta(BertConfig(), method)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+def test_the_table_has_a_row_for_every_method_of_the_settings() -> None:
+    union = RunConfig.model_fields["method"].annotation
+    assert {kind.model_fields["name"].default for kind in get_args(union)} == set(METHODS)
+
+
+def test_a_fresh_bottleneck_changes_nothing_and_follows_the_right_layers() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(SMALL_BERT).eval()
+    ids = torch.randint(0, 50, (2, 5))
+    before = model(ids).logits
+    apply_method(model, AdapterConfig(size=4, placement="pfeiffer"))
+    places = [name for name, module in model.named_modules() if isinstance(module, Bottleneck)]
+    assert places == [f"bert.encoder.layer.{block}.output.dense" for block in (0, 1)]
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_full_trains_everything() -> None:
@@ -115,6 +190,47 @@ def test_lora_on_random_weights_is_refused(tmp_path: Path) -> None:
         check_method(config)
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (BitfitConfig(), "bitfit.* biases, and the layers of LlamaForCausalLM have none; use method.name=lora"),
+        (HeadConfig(), "head.* which model.task=clm has not; use full or lora"),
+        (PromptConfig(), "virtual tokens before a row.* data.isolate=false"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_model_or_its_data_is_refused_before_loading(
+    method: MethodConfig, message: str, tmp_path: Path
+) -> None:
+    tiny_llama(tmp_path)
+    config = RunConfig(
+        name="x",
+        model=ModelConfig(source=str(tmp_path), task="clm"),
+        method=method,
+        data=StreamData(),
+        train=TrainConfig(max_steps=1, metric="loss"),
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_method(config)
+
+
+@pytest.mark.parametrize("method", [Ia3Config(), AdapterConfig()])
+def test_an_architecture_without_a_known_choice_of_layers_lists_them(method: MethodConfig, tmp_path: Path) -> None:
+    AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=32, embedding_size=8).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"albert; set method.targets.*It has: .*query"):
+        check_method(RunConfig(name="x", model=ModelConfig(source=str(tmp_path)), method=method))
+
+
+def test_a_quantized_model_is_refused_but_for_what_quantizes_itself(tmp_path: Path) -> None:
+    quantized = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    quantized.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantized.save_pretrained(tmp_path)
+    for method in (FullConfig(), LoraConfig(), QloraConfig()):
+        with pytest.raises(ConfigError, match=r"stored quantized .bitsandbytes.*method.name=qlora"):
+            check_method(RunConfig(name="x", model=ModelConfig(source=str(tmp_path)), method=method))
+
+
 def test_check_needs_no_weights(tmp_path: Path) -> None:
     SMALL_BERT.save_pretrained(tmp_path)
     check_method(lora_run(tmp_path, LoraConfig()))
@@ -127,7 +243,7 @@ def plain(architecture: PretrainedConfig) -> torch.nn.Module:
         return AutoModelForSequenceClassification.from_config(architecture)
 
 
-def on_meta(architecture: PretrainedConfig, method: FullConfig | HeadConfig | LoraConfig, **options) -> torch.nn.Module:
+def on_meta(architecture: PretrainedConfig, method: MethodConfig, **options) -> torch.nn.Module:
     """The model on the meta device with its method applied."""
     model = plain(architecture)
     with torch.device("meta"):

@@ -44,8 +44,8 @@ from trainer.resolve.suggest import SYNONYMS
         ("optim=3", ["is a section", "optim.peak_lr"]),
         ("name=a/b", ["name (a/b) on the command line: must match"]),
         ("run_dir=", ["must be a path"]),
-        ("method.name=lroa", ["one of full, head, lora", "did you mean method.name=lora?"]),
-        ("method=[a]", ["one of full, head, lora"]),
+        ("method.name=lroa", ["one of full, head, bitfit, lora", "did you mean method.name=lora?"]),
+        ("method=[a]", ["one of full, head, bitfit, lora"]),
         ("method.targets=[]", ["method: needs at least one layer name"]),
         ("train.max_steps=5", ["set the other to none", "train.max_steps is set on the command line"]),
         ("data.validation_fraction=0.9", ["must be below 1"]),
@@ -74,7 +74,7 @@ def test_mistake_names_the_rule_and_the_fix(argument: str, words: list[str]) -> 
 def test_a_setting_of_another_method_is_an_error_that_names_its_method() -> None:
     (problem,) = problems_of("method.rank=8", defaults=FULL)
     assert problem == (
-        "method.rank (8) on the command line: belongs to lora, and method.name is full; "
+        "method.rank (8) on the command line: belongs to lora, dora, rslora, qlora or vera, and method.name is full; "
         "set method.name=lora or leave out method.rank"
     )
     assert "belongs to lora" in problems_of("method=head", "method.rank=8")[0]

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from tests.tiny import tiny_llama, tiny_tokens
-from trainer.config import LoraConfig, ModelConfig, RunConfig, StreamData, TrainConfig
+from trainer.config import HeadConfig, LoraConfig, ModelConfig, RunConfig, StreamData, TrainConfig
 from trainer.data.stream.open import open_streams
+from trainer.errors import ConfigError
 from trainer.loss import token_losses
 from trainer.task.clm import ClmTask, bytes_of_tokens, language_metrics
 
@@ -117,5 +118,5 @@ def test_lora_and_pretrained_weights_work_and_a_head_is_refused(task: ClmTask, t
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 2 * 2
     assert all("lora_" in name for name in trained)
-    with pytest.raises(ValueError, match=r"method\.name \(head\)"):
-        RunConfig.model_validate(task.config.model_dump() | {"method": {"name": "head"}})
+    with pytest.raises(ConfigError, match=r"method\.name \(head\)"):
+        build_model(lora.model_copy(update={"method": HeadConfig()}), (), Accelerator(), vocab_size=task.vocab_size)

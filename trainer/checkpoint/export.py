@@ -25,8 +25,11 @@ from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoi
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.model.architecture import load_architecture, load_tokenizer, meta_model
-from trainer.model.export import INFO_FILE, export_model, load_exported
+from trainer.model.bottleneck import SETTINGS_FILE, insert_bottlenecks
+from trainer.model.export import ADAPTER_FILE, export_model, exported_tensors, load_exported
 from trainer.model.load import load_weights
+from trainer.model.methods import METHODS
+from trainer.run_folder import INFO_FILE
 
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -70,10 +73,10 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
         else:
             model = trained_parts(config, folder, manifest, info.get("label_names", ()))
             tensors = dict(read_weights(reader, shapes))
-            if "adapter_config.json" not in manifest.files:
-                tensors = dict(model.named_parameters()) | tensors
-            export_model(model, tensors, tokenizer, target, info)
-            check_loaded(target, reader, shapes, config, state.identity.get("base"))
+            is_adapter = METHODS[config.method.name].is_adapter
+            whole = tensors if is_adapter else dict(model.named_parameters()) | tensors
+            export_model(model, whole, tokenizer, target, info)
+            check_loaded(target, exported_tensors(model, tensors), config, state.identity.get("base"))
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -92,9 +95,13 @@ def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]]
 
 
 def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_names: Sequence[str]) -> nn.Module:
-    """What the tensors are put into: for an adapter the PEFT model without weights, for a trained head the base with its weights."""
+    """What the tensors are put into: for an adapter the adapted model without weights, else the base with its weights."""
     architecture = load_architecture(config.model, label_names)
-    if "adapter_config.json" not in manifest.files:
+    if SETTINGS_FILE in manifest.files:
+        model = meta_model(config.model, architecture)
+        insert_bottlenecks(model, read_json(folder / SETTINGS_FILE))
+        return model
+    if ADAPTER_FILE not in manifest.files:
         return load_weights(config.model, architecture)[0]
     import peft
 
@@ -146,18 +153,16 @@ def check_written(target: Path, reader: ShardReader, shapes: Mapping[str, list[i
             raise CheckpointError(f"{target}: {name} did not come back equal from the exported files; export again")
 
 
-def check_loaded(
-    target: Path, reader: ShardReader, shapes: Mapping[str, list[int]], config: RunConfig, identity: str | None
-) -> None:
+def check_loaded(target: Path, tensors: Mapping[str, Tensor], config: RunConfig, identity: str | None) -> None:
     """Open base and adapter as their user will. CheckpointError unless every trained tensor is there and equal."""
     model = load_exported(target, trust_remote_code=config.model.trust_remote_code)[0]
     loaded = dict(model.named_parameters())
     for name, parameter in loaded.items():
-        parameter.requires_grad_(name in shapes)
+        parameter.requires_grad_(name in tensors)
     if base_identity(model) != identity:
         raise CheckpointError(
             f"model.source ({config.model.source}) is not the base that this checkpoint was trained on; put that one there"
         )
-    for name, tensor in read_weights(reader, shapes):
+    for name, tensor in tensors.items():
         if name not in loaded or tensor.numel() == 0 or not torch.equal(loaded[name], tensor):
             raise CheckpointError(f"{target}: {name} did not come back equal from the exported files; export again")

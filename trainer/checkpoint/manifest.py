@@ -18,7 +18,8 @@ from trainer.checkpoint.direct import read_chunks
 from trainer.errors import CheckpointError
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FILE_NAME = r"(weights|optimizer|rank)-\d{5}-of-\d{5}\.safetensors|(state|config|adapter_config|samestep|tokenizer|tokenizer_config)\.json"
+SMALL_FILES = "state|config|adapter_config|bottleneck_config|samestep|tokenizer|tokenizer_config"
+FILE_NAME = rf"(weights|optimizer|rank)-\d{{5}}-of-\d{{5}}\.safetensors|({SMALL_FILES})\.json"
 LARGEST_JSON = 64 * 2**20  # bytes; a bigger manifest or state was not written by us
 
 FileName = Annotated[str, Field(pattern=f"^({FILE_NAME})$")]

@@ -5,12 +5,25 @@ recipe defaults < --config YAML < section.key=value. A config never changes afte
 Precision, sharding and process count are not here: they belong to the accelerate configuration.
 """
 
-from trainer.config.data import ClassificationData, LiveData, StreamData
-from trainer.config.run import (
+from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData
+from trainer.config.method import (
+    AdapterConfig,
+    BitfitConfig,
+    DoraConfig,
     FullConfig,
     HeadConfig,
+    Ia3Config,
     LoraConfig,
+    LowRank,
     MethodConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QloraConfig,
+    RsloraConfig,
+    VeraConfig,
+)
+from trainer.config.run import (
     MetricName,
     ModelConfig,
     OptimConfig,
@@ -22,21 +35,33 @@ from trainer.config.run import (
 from trainer.config.section import MayChange, Resume, Section
 
 __all__ = [
+    "AdapterConfig",
+    "BitfitConfig",
     "ClassificationData",
+    "DoraConfig",
     "FullConfig",
     "HeadConfig",
+    "Ia3Config",
+    "InstructData",
     "LiveData",
     "LoraConfig",
+    "LowRank",
     "MayChange",
     "MethodConfig",
     "MetricName",
     "ModelConfig",
     "OptimConfig",
+    "PTuningConfig",
+    "PrefixConfig",
     "ProbeConfig",
+    "PromptConfig",
+    "QloraConfig",
     "Resume",
+    "RsloraConfig",
     "RunConfig",
     "Section",
     "StreamData",
     "TrainConfig",
+    "VeraConfig",
     "may_change",
 ]

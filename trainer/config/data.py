@@ -98,6 +98,29 @@ class StreamData(Section):
         return self
 
 
+class InstructData(Section):
+    """Pairs of a prompt and the response to learn, in the model's chat template."""
+
+    kind: Literal["instruct"] = "instruct"
+    """The kind of data."""
+    source: str = "asset:stdlib"
+    """A file of pairs (.csv .tsv .jsonl .parquet), or asset:stdlib: Python functions and their docstrings."""
+    prompt: str = "prompt"
+    """Column of the prompt."""
+    response: str = "response"
+    """Column of the response."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the pairs that is held out for validation."""
+    validation_rows: Annotated[PositiveInt | None, MayChange] = 256
+    """Most pairs of an evaluation. None: all that are held out."""
+    split_seed: int = 0
+    """Seed of the split; independent of `train.seed` so that seeds share one validation set."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens; longer pairs are left out and counted, since a cut response never learns to end."""
+    group_by_length: bool = True
+    """Put pairs of similar length into one global batch: less padding. Off: a plain shuffle."""
+
+
 class LiveData(Section):
     """Text that is tokenized and packed while training reads it. Resumes on the same number of processes only."""
 

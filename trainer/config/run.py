@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-from trainer.config.data import ClassificationData, LiveData, StreamData
+from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData
+from trainer.config.method import FullConfig, MethodConfig
 from trainer.config.section import Fraction, MayChange, Probability, Section
 
 MetricName = Literal["loss", "accuracy", "precision", "recall", "f1"]
@@ -41,52 +42,14 @@ class ModelConfig(Section):
     """Run Python code shipped inside a model repository. Off: such a model is refused."""
 
 
-class FullConfig(Section):
-    """Train every weight."""
-
-    name: Literal["full"] = "full"
-    """The method."""
-
-
-class HeadConfig(Section):
-    """Train the classification head only; the encoder stays frozen."""
-
-    name: Literal["head"] = "head"
-    """The method."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al., arXiv 2106.09685) through PEFT; the classification head is trained too."""
-
-    name: Literal["lora"] = "lora"
-    """The method."""
-    rank: PositiveInt = 8
-    """Rank r of the two factors."""
-    alpha: PositiveFloat = 16
-    """The adapter's output is scaled by alpha / rank."""
-    dropout: Probability = 0.0
-    """Dropout on the adapter's input."""
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers to adapt (the last parts of their dotted names), or `all-linear`: all but the head."""
-
-    @model_validator(mode="after")
-    def _some_target(self) -> Self:
-        if not self.targets:
-            raise ValueError('needs at least one layer name; use targets=all-linear, or "query,value" for BERT')
-        return self
-
-
-MethodConfig = Annotated[FullConfig | HeadConfig | LoraConfig, Field(discriminator="name")]
-
-
-DataConfig = Annotated[ClassificationData | StreamData | LiveData, Field(discriminator="kind")]
+DataConfig = Annotated[ClassificationData | StreamData | LiveData | InstructData, Field(discriminator="kind")]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("loss", "accuracy", "precision", "recall", "f1"),
     "clm": ("loss",),
 }
 """What train.metric may watch, by model.task."""
-KINDS = {"classification": ("classification",), "clm": ("stream", "live")}
+KINDS = {"classification": ("classification",), "clm": ("stream", "live", "instruct")}
 """The kinds of data that a task learns from."""
 
 
@@ -94,7 +57,7 @@ class OptimConfig(Section):
     """AdamW and its learning rate."""
 
     peak_lr: PositiveFloat | None = None
-    """Highest learning rate. None: 2e-5 for full, 1e-3 for head, 3e-4 for lora."""
+    """Highest learning rate. None: the usual one of the method, such as 2e-5 for full and 3e-4 for lora (trainer/model/methods.py)."""
     head_lr: PositiveFloat | None = None
     """Highest learning rate of the classification head. None: the same as the rest."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -213,10 +176,6 @@ class RunConfig(Section):
             )
         if self.data.kind == "live" and self.train.max_steps is None:
             raise ValueError("data.kind (live) has no known length; set train.max_steps, and train.num_epochs=none")
-        if task == "clm" and self.method.name == "head":
-            raise ValueError(
-                "method.name (head) trains a new head, which model.task=clm has not; set method.name=full or lora"
-            )
         if self.train.metric not in METRICS[task]:
             raise ValueError(
                 f"train.metric ({self.train.metric}) must be one of {', '.join(METRICS[task])} for model.task={task}"

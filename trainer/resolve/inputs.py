@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import ClassificationData, RunConfig, StreamData
+from trainer.config import ClassificationData, InstructData, RunConfig, StreamData
 from trainer.errors import ConfigError, SamestepError
 
 
@@ -27,6 +27,11 @@ def _check_data(config: RunConfig) -> None:
         from trainer.data.stream.open import open_streams
 
         open_streams(config)
+    elif isinstance(config.data, InstructData):
+        from trainer.data.instruct import read_pairs
+
+        if not config.data.source.startswith("asset:"):
+            read_pairs(config.data)
     else:
         from trainer.data.stream.live import open_dataset
 

@@ -159,7 +159,7 @@ def _meant_for_option_in_force(
         tag = fields.choices[leaf.choice].tag_name
         merged.reject(
             setting,
-            f"belongs to {' and '.join(owners)}, and {tag} is {final}; "
+            f"belongs to {' or '.join([', '.join(owners[:-1]), owners[-1]] if owners[1:] else owners)}, and {tag} is {final}; "
             f"set {tag}={owners[0]} or leave out {setting.key}",
         )
     return False

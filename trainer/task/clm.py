@@ -59,7 +59,7 @@ class LanguageTask(ABC):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a row."""
+        """Most tokens of a row."""
         data = self.config.data
         assert isinstance(data, StreamData | LiveData)
         return data.sequence_length

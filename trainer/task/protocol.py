@@ -100,6 +100,7 @@ TASKS = {
     "classification": "trainer.task.classification:build",
     "stream": "trainer.task.clm:build",
     "live": "trainer.task.live:build",
+    "instruct": "trainer.task.instruct:build",
 }
 """data.kind -> the builder of its task, imported at need."""
 

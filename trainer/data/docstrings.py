@@ -1,0 +1,59 @@
+"""`asset:stdlib` as instruction pairs: functions of the running Python's standard library, and the docstrings their authors wrote."""
+
+import ast
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from trainer.data.assets import cache_folder, stdlib_files
+from trainer.errors import DataError
+
+INSTRUCTION = "Write the docstring of this Python function.\n\n"
+
+
+def docstring_file() -> Path:
+    """A JSONL file of {"prompt", "response"}, made at first use in 10 s. Any number of processes may call it. DataError for a full disk.
+
+    Holds every function that has a docstring and a body beside it, in the order of files.
+    """
+    cache = cache_folder()
+    file = cache / "stdlib-docstrings-{}.{}.{}.jsonl".format(*sys.version_info)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".stdlib-docstrings.lock"):
+            if not file.exists():
+                pairs = [pair for source in stdlib_files() for pair in pairs_of_file(source)]
+                lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+                fresh = file.with_suffix(".new")
+                fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                fresh.replace(file)
+    except OSError as error:
+        raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
+    return file
+
+
+def pairs_of_file(file: Path) -> Iterator[tuple[str, str]]:
+    """(prompt, response) of each function of a file that parses."""
+    source = file.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # the standard library ships broken files as test data
+        return
+    lines = source.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
+            docstring = ast.get_docstring(node)
+            if docstring and docstring.strip():
+                yield INSTRUCTION + without_docstring(lines, node), docstring.strip()
+
+
+def without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """The function's source, unindented, without the lines of its docstring."""
+    first = node.body[0]
+    end = node.end_lineno or node.lineno
+    kept = [*lines[node.lineno - 1 : first.lineno - 1], *lines[first.end_lineno or first.lineno : end]]
+    return inspect.cleandoc("\n".join(["", *kept]))
