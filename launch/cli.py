@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from launch.adapter import adapter_app
 from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
 from launch.data_look import data_app
@@ -33,6 +34,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Tools for settings files.",
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
+app.add_typer(adapter_app, name="adapter")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's file, such as recipes/lora_sst2.py.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]
@@ -119,9 +121,14 @@ def parity(
 
 @app.command()
 def predict(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/lora_sst2.")],
+    run_folder: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Run directory, such as runs/lora_sst2; none with --adapters.")
+    ] = None,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences.")] = None,
     *,
+    adapters: Annotated[
+        str | None, typer.Option(help="Runs on one base, separated by commas: each answers every sentence.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="File with one sentence a line; - is standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
@@ -129,9 +136,15 @@ def predict(
 
     Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
     """
-    from launch.predict import predict_command
+    from launch.predict import predict_adapters_command, predict_command
 
-    raise typer.Exit(predict_command(run_folder, list(texts or ()), file=file, as_json=as_json))
+    given = list(texts or ())
+    if adapters is not None:
+        given = [run_folder, *given] if run_folder is not None else given
+        raise typer.Exit(predict_adapters_command(_words(adapters), given, file=file, as_json=as_json))
+    if run_folder is None:
+        raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
+    raise typer.Exit(predict_command(Path(run_folder), given, file=file, as_json=as_json))
 
 
 @config_app.command()

@@ -51,6 +51,39 @@ def predict_command(
     return 0
 
 
+def predict_adapters_command(
+    runs: list[str], texts: list[str], *, file: Path | None = None, batch_size: int = 32, as_json: bool = False
+) -> int:
+    """The same with several adapters on one base, each of which answers every text. Returns the exit code.
+
+    ConfigError where two runs have one name.
+    """
+    names = {Path(run).name: Path(run) for run in runs}
+    if not runs or len(names) < len(runs):
+        raise ConfigError(f"--adapters ({','.join(runs)}): must be runs with different names, separated by commas")
+    sources = Sources(texts, file)
+    quiet_libraries()
+    from trainer.predict_adapters import AdapterPredictor
+
+    predictor = AdapterPredictor(names)
+    remaining, num_texts, began = iter(sources.lines()), 0, time.perf_counter()
+    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+        num_texts += len(chunk)
+        requests = [(text, name) for text in chunk for name in names]
+        for (text, name), answer in zip(requests, predictor.predict(requests, batch_size), strict=True):
+            width = max(len(label) for labels in predictor.predictors.values() for label in labels.label_names)
+            if as_json:
+                print_plain(sys.stdout, json.dumps({"adapter": name, **json_facts(text, answer)}, ensure_ascii=False))
+            else:
+                print_plain(sys.stdout, f"{name:<{max(map(len, names))}}  {plain_words(text, answer, width)}")
+    if num_texts == 0:
+        raise DataError(f"{sources.name} has no text; give one in quotes, --file FILE with one a line, or pipe them in")
+    how = "in mixed batches" if predictor.mixes else "one adapter after the other"
+    elapsed_s = time.perf_counter() - began
+    print(f"{num_texts:,} texts by {len(names)} adapters, {how}, in {elapsed_s:.2f} s", file=sys.stderr)
+    return 0
+
+
 class Sources:
     """Where the texts come from, and which lines were empty."""
 
@@ -126,14 +159,18 @@ def plain_words(text: str, prediction: "Prediction", width: int) -> str:
 
 def json_words(text: str, prediction: "Prediction") -> str:
     """One JSON object, with the probability of every label."""
-    values = {
+    return json.dumps(json_facts(text, prediction), ensure_ascii=False)
+
+
+def json_facts(text: str, prediction: "Prediction") -> dict[str, object]:
+    """What a JSON line says."""
+    return {
         "text": text,
         "label": prediction.label,
         "confidence": prediction.confidence,
         "probabilities": prediction.probabilities,
         "is_cut": prediction.is_cut,
     }
-    return json.dumps(values, ensure_ascii=False)
 
 
 def _report(totals: Totals, sources: Sources, max_length: int) -> None:

@@ -56,6 +56,7 @@ def export_run(folder: Path, base: Path, method: str) -> Path:
     train_briefly(model, tokenizer)
     state = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad or method == "full"}
     info = {"task": "classification", "method": method, "base": str(base)}
+    info["quantization"] = config.method.model_dump(include={"quantize", "double_quantization"}) or None
     folder.mkdir()
     (folder / "config.yaml").write_text("name: tiny\n")
     export_model(model, state, tokenizer, folder / "model", info | {"label_names": LABELS, "max_length": MAX_LENGTH})

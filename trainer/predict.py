@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import DataError
+from trainer.model.adapters import MERGEABLE
 from trainer.model.export import load_exported
 from trainer.run_folder import find_exported
 
@@ -57,15 +58,15 @@ class Predictor:
         """Predictions in the order of `texts`. DataError for a text that is empty or of another kind than the first."""
         assert batch_size > 0, batch_size
         check_texts(texts)
-        samples = self._encode(texts)
+        samples = self.encode(texts)
         order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
         probabilities = np.zeros((len(samples), len(self.label_names)))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            probabilities[batch] = self._probabilities([samples[index] for index in batch])
-        return [self._prediction(row, sample) for row, sample in zip(probabilities, samples, strict=True)]
+            probabilities[batch] = self.probabilities([samples[index] for index in batch])
+        return [self.prediction(row, sample) for row, sample in zip(probabilities, samples, strict=True)]
 
-    def _encode(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
+    def encode(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         """One dict of unpadded lists a text, and whether it was cut."""
         if not texts:
             return []
@@ -77,17 +78,19 @@ class Predictor:
         ]
 
     @torch.inference_mode()
-    def _probabilities(self, samples: Sequence[dict[str, Any]]) -> np.ndarray:
-        """(B, C) fp64, on the CPU."""
+    def probabilities(self, samples: Sequence[dict[str, Any]], *, adapter_names: list[str] | None = None) -> np.ndarray:
+        """(B, C) fp64, on the CPU. adapter_names: which adapter answers each sample, for a PEFT model that holds several."""
         inputs = pad_right([{k: v for k, v in sample.items() if k != "is_cut"} for sample in samples], self._padding())
-        logits = self.model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).logits
+        names = {} if adapter_names is None else {"adapter_names": adapter_names}
+        logits = self.model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}, **names).logits
         return cast(np.ndarray, logits.double().softmax(dim=-1).cpu().numpy())
 
     def _padding(self) -> dict[str, int]:
         """The value that fills each input; the attention mask hides it."""
         return {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
 
-    def _prediction(self, row: np.ndarray, sample: dict[str, Any]) -> Prediction:
+    def prediction(self, row: np.ndarray, sample: dict[str, Any]) -> Prediction:
+        """What a row of probabilities says."""
         best = int(row.argmax())
         by_name = dict(zip(self.label_names, map(float, row), strict=True))
         return Prediction(self.label_names[best], float(row[best]), by_name, sample["is_cut"])
@@ -97,7 +100,7 @@ def load_predictor(run_or_folder: Path, device: torch.device | None = None) -> P
     """Open what a run exported: a run directory, its model folder, or a copy. CheckpointError says what is missing."""
     folder = find_exported(run_or_folder)
     model, tokenizer, info = load_exported(folder)
-    if hasattr(model, "merge_and_unload"):
+    if info.get("method") in MERGEABLE and not info.get("quantization"):  # merged into 4 bits it would be another model
         model = cast(Any, model).merge_and_unload()  # same numbers to rounding, and no adapter arithmetic per text
     return Predictor(model, tokenizer, label_names=info["label_names"], max_length=info["max_length"], device=device)
 

@@ -65,7 +65,8 @@ def write_peft(model: Any, state: Mapping[str, Tensor], folder: Path) -> Mapping
     save_embedding_layers: samestep never resizes embeddings, and PEFT's "auto" asks the hub about it.
     """
     stored = exported_tensors(model, state)
-    fixed = {name: tensor for name, tensor in saved_buffers(model).items() if ".vera_" in name}
+    shared = {name: getattr(model.base_model, name, {}) for name in ("vera_A", "vera_B")}  # VeRA's random factors
+    fixed = {f"base_model.{name}.default": factors["default"] for name, factors in shared.items() if len(factors)}
     copies = {name: tensor.clone() for name, tensor in (fixed | dict(stored)).items()}
     if PROMPT in stored:
         # PEFT 0.21 asks the model for its prompt, whatever state_dict it is given (BasePromptEncoder._get_adapter_state_dict).
@@ -190,11 +191,15 @@ def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -
 
 def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     """The base model that samestep.json names, quantized as it says, with the adapter on it."""
-    import peft
+    return put_adapter(load_base(info, trust_remote_code), folder)
 
-    model = load_base(info, trust_remote_code)
+
+def put_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The base with the adapter of `folder` on it. CheckpointError where a part of the adapter is missing."""
     if (folder / SETTINGS_FILE).is_file():
         return load_bottlenecks(model, folder)
+    import peft
+
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if sum(read_sizes(folder).values()) != sum(tensor.numel() for tensor in wanted.values()):

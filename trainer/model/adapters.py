@@ -1,0 +1,148 @@
+"""Exported adapters: what they are, merging them into their base, and what a merge changes.
+
+Place in the flow: after a run, in one process; `samestep adapter` uses it. Invariant: a merged folder has been opened again before `merge`
+returns, and an adapter that cannot be merged is refused, never approximated in silence.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.errors import CheckpointError, ConfigError
+from trainer.model.export import ADAPTER_FILE, load_base, load_exported, put_adapter, read_sizes, verify_tensors
+from trainer.run_folder import INFO_FILE, MODEL_FOLDER
+
+Into = Literal["base", "dequantized"]
+MERGEABLE = ("lora", "dora", "rslora", "qlora", "vera", "ia3")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the outputs of two models differ over some texts."""
+
+    num_positions: int
+    """Next-token or class distributions that were compared."""
+    mean_kl: float
+    """Mean Kullback-Leibler divergence from the first model's distribution to the second's, in nats."""
+    top1_agreement: float
+    """Share of positions where both hold the same outcome for the most probable."""
+    max_logit_difference: float
+
+    @property
+    def verdict(self) -> str:
+        """In words: equal to rounding, close, or another model."""
+        if self.mean_kl < 1e-6 and self.top1_agreement > 0.999:
+            return "the same model, to rounding"
+        if self.mean_kl < 1e-2 and self.top1_agreement > 0.97:
+            return "close: measure your own task before you use it"
+        return "ANOTHER MODEL: do not use it in place of the adapter"
+
+
+def find_adapter(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(folder, samestep.json) of an exported adapter: `path`, or the model folder in it. CheckpointError for anything else."""
+    folder = path if (path / INFO_FILE).is_file() else path / MODEL_FOLDER
+    try:
+        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"RUN ({path}) has no exported adapter ({error}); give a run directory such as runs/qlora_instruct"
+        ) from None
+    if info.get("method") in ("full", "head", "bitfit"):
+        raise CheckpointError(
+            f"RUN ({path}) exported a whole model (method {info['method']}), which needs no base; there is no adapter in it"
+        )
+    return folder, info
+
+
+def merged(folder: Path, info: Mapping[str, Any], into: Into, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base with the adapter in its weights, fp32, on the CPU.
+
+    into: for a quantized base, `dequantized` is the base that the adapter was trained on, and `base` the one before quantization, to which
+    the adapter is not fitted. ConfigError for a method that no weights can express.
+    """
+    if info["method"] not in MERGEABLE:
+        raise ConfigError(
+            f"RUN ({folder}): an adapter of method {info['method']} adds no weights to a layer and cannot be merged; "
+            f"merging works for {', '.join(MERGEABLE)}"
+        )
+    quantized = bool(info.get("quantization"))
+    if into == "dequantized" and not quantized:
+        raise ConfigError("--into (dequantized): the base of this adapter is not quantized; use --into base")
+    keeps = {**info, "quantization": info.get("quantization") if into == "dequantized" else None}
+    base = load_base(keeps, trust_remote_code)
+    if into == "dequantized":
+        base = cast(PreTrainedModel, cast(Any, base).dequantize(dtype=torch.float32))
+    adapted = put_adapter(base, folder)
+    return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload()).eval()
+
+
+def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, trust_remote_code: bool = False) -> None:
+    """Write the merged model, its tokenizer and samestep.json into `target`, which must not exist or be empty, and open it again."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"--output ({target}) exists already; give a folder that does not exist yet")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = merged(folder, info, into, trust_remote_code=trust_remote_code)
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        facts = {name: value for name, value in info.items() if name != "quantization"}
+        facts |= {"method": "full", "merged": {"method": info["method"], "into": into}}
+        (target / INFO_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        verify_tensors(target, {name: p.numel() for name, p in model.named_parameters()})
+        loaded = dict(load_exported(target, trust_remote_code=trust_remote_code)[0].named_parameters())
+        for name, parameter in model.named_parameters():
+            if not torch.equal(loaded[name], parameter):
+                raise CheckpointError(f"{target}: {name} did not come back equal; merge again")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+@torch.no_grad()
+def compare(
+    first: nn.Module,
+    second: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 256,
+) -> Difference:
+    """Run both models over the texts, one by one, and compare their distributions."""
+    positions, kl, same, largest = 0, 0.0, 0, 0.0
+    for text in texts:
+        inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        one, two = (flat_logits(model(**inputs).logits) for model in (first, second))
+        log_one, log_two = one.log_softmax(-1), two.log_softmax(-1)
+        positions += len(one)
+        kl += float((log_one.exp() * (log_one - log_two)).sum())
+        same += int((one.argmax(-1) == two.argmax(-1)).sum())
+        largest = max(largest, float((one - two).abs().max()))
+    return Difference(positions, max(kl, 0.0) / max(positions, 1), same / max(positions, 1), largest)
+
+
+def flat_logits(logits: Tensor) -> Tensor:
+    """(positions, outcomes) in fp64, of a classifier's (B, C) or a language model's (B, T, V)."""
+    return logits.double().flatten(0, -2)
+
+
+def adapter_facts(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, base, size and settings of an exported adapter, without loading it."""
+    sizes = read_sizes(folder)
+    settings = folder / ADAPTER_FILE
+    return {
+        "method": info["method"],
+        "base": info["base"],
+        "quantization": info.get("quantization"),
+        "step": info.get("step"),
+        "tensors": sizes,
+        "num_parameters": sum(sizes.values()),
+        "num_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "settings": json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
+    }
