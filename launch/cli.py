@@ -147,6 +147,34 @@ def predict(
     raise typer.Exit(predict_command(Path(run_folder), given, file=file, as_json=as_json))
 
 
+@app.command()
+def methods(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="asset:NAME, a model's folder or a hub id.")],
+    *,
+    task: Annotated[
+        str, typer.Option(help="classification or clm: what the model's head predicts.")
+    ] = "classification",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of lora, dora, rslora and qlora.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Their layers, separated by commas.")] = None,
+    chart: Annotated[Path, typer.Option(help="Where to write the bar chart.")] = Path("methods.png"),
+    measure: Annotated[bool, typer.Option("--measure", help="Train each on asset:sst too; takes minutes.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training with --measure.")] = 200,
+) -> None:
+    """Print what each method trains on a model: parameters, file size, memory; and draw it.
+
+    Example: samestep methods asset:minilm --rank 16
+    """
+    if task not in ("classification", "clm"):
+        raise ConfigError(f"--task ({task}): must be classification or clm")
+    if measure and task != "classification":
+        raise ConfigError("--measure: trains on sentences with labels; leave out --task clm")
+    from launch.methods import methods_command
+
+    layers = tuple(_words(targets)) if targets is not None else None
+    chosen = steps if measure else None
+    raise typer.Exit(methods_command(model, task=task, rank=rank, targets=layers, chart=chart, measure_steps=chosen))
+
+
 @config_app.command()
 def schema(
     out: Annotated[Path, typer.Option(help="Where to write it; - prints it.")] = SCHEMA_FILE,

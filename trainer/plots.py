@@ -7,7 +7,7 @@ metric that never was recorded leaves out its panel; nothing is invented.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,23 @@ def plot_confusion(matrix: ArrayLike, label_names: Sequence[str], out: Path) -> 
     _write_cells(panel, counts, shares)
     accuracy = np.trace(counts) / max(counts.sum(), 1)
     panel.set_title(f"{out.absolute().parent.name}\naccuracy {accuracy:.4f} of {counts.sum():,} examples", fontsize=12)
+    _save(figure, out)
+
+
+def plot_bars(values: Mapping[str, float], title: str, label: str, out: Path) -> None:
+    """Horizontal bars on a logarithmic axis, each with its value, in the order given from the top. values: name -> above 0."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 0.36 * len(values)), dpi=120, layout="constrained")
+    panel = figure.subplots()
+    bars = panel.barh(list(values), list(values.values()), color="tab:blue")
+    panel.bar_label(bars, [f"{value:,.0f}" for value in values.values()], padding=4, fontsize=9)
+    panel.set_xscale("log")
+    panel.set_xlim(min(values.values()) / 3, max(values.values()) * 12)
+    panel.invert_yaxis()
+    panel.set_xlabel(label)
+    panel.set_title(title, fontsize=12)
+    panel.grid(axis="x", alpha=0.3)
     _save(figure, out)
 
 

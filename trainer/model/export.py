@@ -65,8 +65,7 @@ def write_peft(model: Any, state: Mapping[str, Tensor], folder: Path) -> Mapping
     save_embedding_layers: samestep never resizes embeddings, and PEFT's "auto" asks the hub about it.
     """
     stored = exported_tensors(model, state)
-    shared = {name: getattr(model.base_model, name, {}) for name in ("vera_A", "vera_B")}  # VeRA's random factors
-    fixed = {f"base_model.{name}.default": factors["default"] for name, factors in shared.items() if len(factors)}
+    fixed = shared_factors(model)
     copies = {name: tensor.clone() for name, tensor in (fixed | dict(stored)).items()}
     if PROMPT in stored:
         # PEFT 0.21 asks the model for its prompt, whatever state_dict it is given (BasePromptEncoder._get_adapter_state_dict).
@@ -75,6 +74,12 @@ def write_peft(model: Any, state: Mapping[str, Tensor], folder: Path) -> Mapping
     if PROMPT in stored:
         del model.get_prompt_embedding_to_save
     return fixed | dict(stored)
+
+
+def shared_factors(model: Any) -> dict[str, Tensor]:
+    """VeRA's two random factors, which PEFT stores with the scales that are trained; empty for another method."""
+    shared = {name: getattr(model.base_model, name, {}) for name in ("vera_A", "vera_B")}
+    return {f"base_model.{name}.default": factors["default"] for name, factors in shared.items() if len(factors)}
 
 
 def exported_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -132,8 +132,7 @@ def check_method(config: RunConfig, backend: str | None = None) -> None:
         check_virtual_tokens(config)
     architecture = load_architecture(config.model, ("0", "1"))
     check_not_quantized(config.model.source, architecture)
-    if row.is_adapter or method.name == "bitfit":
-        check_layers(meta_model(config.model, architecture), method)
+    check_layers(meta_model(config.model, architecture), method)
 
 
 def check_virtual_tokens(config: RunConfig) -> None:
@@ -163,6 +162,8 @@ def check_not_quantized(source: str, architecture: PretrainedConfig) -> None:
 
 def check_layers(layers: nn.Module, method: MethodConfig) -> None:
     """ConfigError for a target that does not exist, a rank that is too high, or a model that has nothing to train."""
+    if method.name in ("full", "head"):
+        return
     if method.name == "bitfit":
         inside = [name for block in repeated_blocks(encoder_of(layers)) for name, _ in block.named_parameters()]
         if not any(name.endswith("bias") for name in inside):
