@@ -1,5 +1,6 @@
 """`samestep methods MODEL`: what each method trains on a model, as a table and a bar chart; with --measure also what it costs and gives."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ def methods_command(
 ) -> int:
     """Print the table and write the chart; returns the exit code. measure_steps: optimizer steps of each method on SST, or None."""
     quiet_libraries()
-    from trainer.model.estimate import estimate_methods
+    from trainer.model.estimate import estimate_methods, usual_methods
     from trainer.plots import plot_bars
 
     source = ModelConfig(source=model, task=task)
@@ -32,8 +33,8 @@ def methods_command(
     if measure_steps is not None:
         from launch.methods_measure import measure_methods
 
-        names = [row.method for row in found]
-        show_measured(measure_methods(model, names, measure_steps), measure_steps)
+        methods = [method for method in usual_methods(rank=rank, targets=targets) if method.name not in refused]
+        show_measured(measure_methods(model, methods, measure_steps), measure_steps)
     return 0
 
 
@@ -75,7 +76,7 @@ def show_measured(rows: "list[Measured]", steps: int) -> None:
         )
         table.add_row(row.method, *numbers, size_words(row.peak_bytes), size_words(row.saved_bytes))
     Console(soft_wrap=True, highlight=False).print(table)
-    print({row.method: asdict(row) for row in rows})
+    print(json.dumps({row.method: asdict(row) for row in rows}))
 
 
 def size_words(num_bytes: float) -> str:

@@ -9,10 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from trainer.config import LowRank, MethodConfig
+from trainer.quiet import quiet_libraries
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "lora_sst2.py"
 PREDICTED = 512  # sentences, in three rounds of which the median counts
@@ -37,23 +42,39 @@ class Measured:
     """Of the exported tensors."""
 
 
-def measure_methods(model: str, names: list[str], steps: int) -> list[Measured]:
+def measure_methods(model: str, methods: Sequence[MethodConfig], steps: int) -> list[Measured]:
     """Train each method, and a model from random weights as `scratch`, for so many steps, one after the other."""
     with tempfile.TemporaryDirectory(prefix="samestep-methods-") as folder:
         base_per_s = in_process(base_speed, model)
+        kinds: dict[str, list[str]] = {
+            method.name: [f"method={method.name}", *low_rank_settings(method)] for method in methods
+        }
+        kinds["scratch"] = ["method=full", "model.init=random"]
         rows = []
-        for number, name in enumerate([*names, "scratch"], start=1):
-            print(f"measuring {name} ({number} of {len(names) + 1})", file=sys.stderr, flush=True)
-            rows.append(measure(model, name, steps, Path(folder) / name, base_per_s))
+        for number, (name, settings) in enumerate(kinds.items(), start=1):
+            print(f"measuring {name} ({number} of {len(kinds)})", file=sys.stderr, flush=True)
+            common = [
+                f"model.source={model}",
+                f"train.max_steps={steps}",
+                "train.num_epochs=none",
+                "optim.peak_lr=none",
+            ]
+            common += [f"train.eval_every={steps}", f"train.save_every={steps}"]
+            rows.append(measure(name, [*common, *settings], Path(folder) / name, base_per_s))
         return rows
 
 
-def measure(model: str, name: str, steps: int, run: Path, base_per_s: float) -> Measured:
+def low_rank_settings(method: MethodConfig) -> list[str]:
+    """Rank, alpha and targets, which the recipe has of its own for lora."""
+    if not isinstance(method, LowRank):
+        return []
+    targets = method.targets if isinstance(method.targets, str) else ",".join(method.targets)
+    return [f"method.rank={method.rank}", f"method.alpha={method.alpha}", f"method.targets={targets}"]
+
+
+def measure(name: str, settings: list[str], run: Path, base_per_s: float) -> Measured:
     """One training and three rounds of prediction."""
-    settings = [f"run_dir={run}", f"model.source={model}", f"train.max_steps={steps}", "train.num_epochs=none"]
-    settings += ["optim.peak_lr=none", f"train.eval_every={steps}", f"train.save_every={steps}"]
-    settings += ["method=full", "model.init=random"] if name == "scratch" else [f"method={name}"]
-    peak = in_process(train, [str(RECIPE), *settings])
+    peak = in_process(train, [str(RECIPE), f"run_dir={run}", *settings])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     saved = sum(file.stat().st_size for file in (run / "model").glob("*.safetensors"))
     speed = in_process(predict_speed, str(run))
@@ -71,8 +92,8 @@ def measure(model: str, name: str, steps: int, run: Path, base_per_s: float) -> 
 
 def in_process(body: Any, argument: Any) -> Any:
     """The result of `body(argument)`, run in a fresh process so that memory and threads are its own."""
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(body, (argument,))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(body, argument).result()
 
 
 def train(argv: list[str]) -> int:
@@ -88,6 +109,7 @@ def train(argv: list[str]) -> int:
 
 def predict_speed(run: str) -> float:
     """Sentences a second."""
+    quiet_libraries()
     from trainer.predict import load_predictor
 
     return speed_of(load_predictor(Path(run)))
@@ -95,6 +117,7 @@ def predict_speed(run: str) -> float:
 
 def base_speed(model: str) -> float:
     """Sentences a second of the base model."""
+    quiet_libraries()
     from trainer.config import ModelConfig
     from trainer.model.architecture import load_architecture, load_tokenizer
     from trainer.model.load import load_weights

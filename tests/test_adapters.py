@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.cli import main
@@ -13,7 +14,7 @@ from tests.test_predict import LABELS, TEXTS, export_run
 from tests.tiny import tiny_bert
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.adapters import Difference, compare, find_adapter, merge, merged
-from trainer.model.export import load_exported
+from trainer.model.export import identity_below, load_exported
 from trainer.predict import load_predictor
 from trainer.predict_adapters import AdapterPredictor
 
@@ -174,6 +175,19 @@ def test_a_truncated_adapter_is_an_error_and_not_a_worse_model(root: Path, tmp_p
     file = run / "model/adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="does not open"):
+        load_exported(run / "model")
+
+
+def test_an_adapter_on_another_base_than_its_own_is_an_error(root: Path, tmp_path: Path) -> None:
+    tiny_bert(tmp_path / "base", hidden_size=64)
+    run = export_run(tmp_path / "run", tmp_path / "base", "lora")
+    file = run / "model" / "samestep.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps(info | {"base_identity": identity_below(load_exported(run / "model")[0])}))
+    load_exported(run / "model")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="trained on other weights than"):
         load_exported(run / "model")
 
 

@@ -11,14 +11,16 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
+from tests.support_matrix import MARK, matrix
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+GROUPS = ("checkpoint", "data", "adapter")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 28
+    assert len(COMMANDS) == 37
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep")]
 
 
@@ -59,13 +61,19 @@ def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatc
     [
         c
         for c in COMMANDS
-        if c.startswith(("samestep parity", "samestep predict", "samestep checkpoint", "samestep data"))
+        if c.startswith(tuple(f"samestep {name}" for name in ("parity", "predict", "methods", *GROUPS)))
     ],
 )
 def test_other_lines_name_real_options(command: str) -> None:
     words = shlex.split(command)[1:]
-    group = 2 if words[0] in ("checkpoint", "data") else 1
+    group = 2 if words[0] in GROUPS else 1
     result = CliRunner().invoke(app, [*words[:group], "--help"])
     options = [word for word in words if word.startswith("--")]
     assert result.exit_code == 0
     assert all(option in result.output for option in options)
+
+
+def test_the_support_matrix_is_what_the_tests_recorded() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert MARK + matrix() in readme
+    assert matrix().count("tested") == 60

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from trainer.backend import agree_on_start, build_engine
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.identity import base_identity
 from trainer.checkpoint.own import rank_seed, seed_generators
 from trainer.checkpoint.resume import Start
 from trainer.config import RunConfig
@@ -23,6 +22,7 @@ from trainer.data.prefetch import Prefetch
 from trainer.divergence import judge_step
 from trainer.errors import DivergedError
 from trainer.faults import fault_point
+from trainer.model.identity import base_identity
 from trainer.optim import build_optimizer, count_steps, lr_of_step
 from trainer.output import RunOutput
 from trainer.progress import Progress, Window, is_better
@@ -46,6 +46,7 @@ class Trainer:
         self.metric: float | None = None  # of the last evaluation
         self.returned_to = -1  # by the last rollback
         self.stop: StopRequest | None = None
+        self.identity = identity
         self.checkpoints = Checkpointer(config, self.engine, identity=identity)
         self.prefetch = Prefetch(self.read_step)
 
@@ -84,7 +85,8 @@ class Trainer:
         seed_generators(rank_seed(self.config.train.seed, self.rank))  # from here on only dropout draws
         self.engine.model.train()  # from_pretrained leaves it in evaluation mode, without dropout
         start = agree_on_start(self.config)
-        self.output = RunOutput(self.config, self.engine, self.task, self.num_steps, is_fresh=start.kind == "fresh")
+        base, is_fresh = self.identity["base"], start.kind == "fresh"
+        self.output = RunOutput(self.config, self.engine, self.task, self.num_steps, base=base, is_fresh=is_fresh)
         opened.callback(self.output.close)
         self.stop = StopRequest(self.config, is_main=self.rank == 0)
         opened.callback(self.stop.close)

@@ -5,7 +5,7 @@ number of processes can step one too often. Local to the rank: no collective.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from trainer.backend.wrap import repeated_blocks
 from trainer.config import RunConfig, TrainConfig
 from trainer.model.heads import encoder_of, head_parameters, without_adapter
 from trainer.model.methods import METHODS
+
+BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+"""optim.name -> the class; on parameters of less than 4,096 elements all keep their moments in fp32."""
 
 
 def lr_at(
@@ -72,9 +75,16 @@ def peak_lr(config: RunConfig) -> float:
     return config.optim.peak_lr if config.optim.peak_lr is not None else METHODS[config.method.name].peak_lr
 
 
-def build_optimizer(model: nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; `fused`: one kernel for all of them, on CUDA and on CPU."""
+def build_optimizer(model: nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; `fused`: torch's one kernel for all of them, on CUDA and on CPU."""
     groups = parameter_groups(model, config)
+    if config.optim.name != "adamw":
+        from bitsandbytes import optim
+
+        kind = getattr(optim, BITSANDBYTES[config.optim.name])
+        return cast(
+            torch.optim.Optimizer, kind(groups, lr=peak_lr(config), betas=config.optim.betas, eps=config.optim.eps)
+        )
     return torch.optim.AdamW(groups, lr=peak_lr(config), betas=config.optim.betas, eps=config.optim.eps, fused=fused)
 
 

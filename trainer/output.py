@@ -36,9 +36,14 @@ if TYPE_CHECKING:
 class RunOutput:
     """The run directory of one run. Every rank makes one."""
 
-    def __init__(self, config: RunConfig, engine: Engine, task: Task, num_steps: int, *, is_fresh: bool) -> None:
-        """Start the folder, config.yaml first; for a fresh run an earlier one of this name is moved aside. Collective."""
-        self.config, self.engine, self.task = config, engine, task
+    def __init__(
+        self, config: RunConfig, engine: Engine, task: Task, num_steps: int, *, base: str | None, is_fresh: bool
+    ) -> None:
+        """Start the folder, config.yaml first; for a fresh run an earlier one of this name is moved aside. Collective.
+
+        base: digest of the frozen weights, which an exported adapter belongs to.
+        """
+        self.config, self.engine, self.task, self.base = config, engine, task, base
         self.is_main, self.folder, self.is_fresh = engine.rank == 0, config.folder, is_fresh
         self.lock: FileLock | None = None
         self.on_rank_0(self.start_folder)
@@ -191,6 +196,7 @@ class RunOutput:
             "method": method.name,
             "base": self.config.model.source,
             **({"quantization": quantization} if quantization else {}),
+            **({"base_identity": self.base} if METHODS[method.name].is_adapter else {}),
             **self.task.model_info(),
             "step": step,
         }

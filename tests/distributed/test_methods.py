@@ -1,6 +1,7 @@
 """Every method on every backend: the loss of one process, a resume that is bit for bit, an export that holds what was trained."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ from safetensors.torch import load_file
 
 from tests.distributed.resume_runs import make_config, same_weights, start
 from tests.rank_pool import BACKENDS
+from tests.support_matrix import record
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.checkpoint.export import export_checkpoint, find_checkpoint
 from trainer.config import RunConfig
 from trainer.model.export import load_exported
+from trainer.model.methods import METHODS as METHODS_TABLE
 
 STEPS = 6
 METHODS = ("full", "head", "lora", "dora", "qlora", "prefix", "prompt", "ia3", "adapter", "bitfit")
-REFUSED: dict[tuple[str, str], str] = {}
 COVERING = {
     ("qlora", "fsdp"), ("qlora", "zero3"), ("dora", "zero3"), ("dora", "fsdp"), ("prefix", "zero3"), ("prompt", "fsdp"),
     ("ia3", "zero2"), ("adapter", "zero3"), ("bitfit", "zero1"), ("head", "zero1"), ("prefix", "ddp"), ("adapter", "fsdp"),
 }  # fmt: skip
 """In the default suite: every method, every backend."""
+SLOW = ("ddp", "fsdp")
+"""The other cells of these run with the slow tests, the rest by `launch/test.sh --all`, which runs all and fills the README's matrix."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,8 @@ def losses_of_single(root: Path, method: str) -> list[float]:
 def cells() -> list[Any]:
     chosen = []
     for method, backend in itertools.product(METHODS, BACKENDS):
-        marks = [] if (method, backend) in COVERING else [pytest.mark.all]
+        later = pytest.mark.slow if backend in SLOW else pytest.mark.all
+        marks = [] if (method, backend) in COVERING else [later]
         chosen.append(pytest.param(method, backend, marks=marks))
     assert len(chosen) == 60
     return chosen
@@ -87,6 +92,7 @@ def test_a_method_trains_resumes_and_exports_on_a_backend(
         assert sorted(facts["losses"]) == [3, 4, 5]
         assert same_weights(facts, expected)
     check_exports(config.folder, tmp_path / "exported", whole[0]["weights"])
+    record(method, backend, "tested")
 
 
 def check_exports(run: Path, target: Path, trained: dict[str, np.ndarray]) -> None:
@@ -98,6 +104,8 @@ def check_exports(run: Path, target: Path, trained: dict[str, np.ndarray]) -> No
         first, second = load_file(one), load_file(other)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+    info = json.loads((run / "model" / "samestep.json").read_text())
+    assert bool(info.get("base_identity")) == METHODS_TABLE[info["method"]].is_adapter  # checked by load_exported
     loaded = dict(load_exported(run / "model")[0].named_parameters())
     for name, array in trained.items():
         if name in loaded:

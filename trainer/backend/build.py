@@ -40,6 +40,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             f"({request.world_size}); raise it, or start fewer processes"
         )
     use_cpu = request.on_cpu or not torch.accelerator.is_available()
+    check_optimizer(config.optim.name, request, use_cpu=use_cpu)
     if use_cpu:
         _prepare_cpu_process_group(request)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -52,6 +53,19 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     _verify_accelerator(accelerator, request)
     agree_on_start(config)
     return accelerator
+
+
+def check_optimizer(name: str, request: Request, *, use_cpu: bool) -> None:
+    """ConfigError for an optimizer of bitsandbytes where it cannot run as it says."""
+    if name != "adamw" and request.backend not in ("single", "ddp"):
+        raise ConfigError(
+            f"optim.name ({name}) keeps the moments of whole parameters in blocks, which {request.backend} shards; "
+            "use optim.name=adamw, or run on single or ddp"
+        )
+    if name.startswith("paged") and use_cpu:
+        raise ConfigError(
+            f"optim.name ({name}) moves moments between GPU and host memory, and this run has no GPU; use adamw or adamw_8bit"
+        )
 
 
 def agree_on_start(config: RunConfig) -> Start:

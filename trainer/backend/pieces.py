@@ -16,6 +16,7 @@ from trainer.backend.wrap import is_dtensor
 
 WEIGHT = "weight"
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+BITSANDBYTES_MOMENTS = ("state1", "state2", "absmax1", "absmax2")
 
 Named = Iterable[tuple[str, Any]]
 """(name in the unwrapped model, parameter), trainable ones only."""
@@ -47,7 +48,7 @@ def whole_pieces(named: Named, optimizer: torch.optim.Optimizer) -> Iterator[Pie
     for name, parameter in named:
         for kind, tensor in with_moments(parameter, optimizer):
             start, local = local_rows(tensor)
-            yield Piece(kind, name, tuple(parameter.shape), start, local)
+            yield Piece(kind, name, tuple(tensor.shape), start, local)
 
 
 def fragment_pieces(named: Named, zero: Any) -> Iterator[Piece]:
@@ -75,6 +76,8 @@ def partition_pieces(named: Named, zero: Any, rank: int) -> Iterator[Piece]:
 
 def with_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """The weight itself and its moments; those that do not exist before the first step are made, as zeros."""
+    if hasattr(optimizer, "init_state"):
+        return [(WEIGHT, parameter.detach()), *bitsandbytes_moments(parameter, optimizer)]
     state = optimizer.state[parameter]
     for kind in ADAMW_MOMENTS:
         if kind not in state:
@@ -82,6 +85,17 @@ def with_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> list[tu
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return [(WEIGHT, parameter.detach()), *((kind, state[kind]) for kind in ADAMW_MOMENTS)]
+
+
+def bitsandbytes_moments(parameter: Tensor, optimizer: Any) -> list[tuple[str, Tensor]]:
+    """8-bit moments and the scale of each of their blocks, or fp32 moments where a parameter is small or the optimizer only paged."""
+    state = optimizer.state[parameter]
+    if not state:
+        for number, group in enumerate(optimizer.param_groups):
+            for place, member in enumerate(group["params"]):
+                if member is parameter:
+                    optimizer.init_state(group, parameter, number, place)
+    return [(kind, state[kind]) for kind in BITSANDBYTES_MOMENTS if kind in state]
 
 
 def local_rows(tensor: Any) -> tuple[int, Tensor]:
@@ -105,4 +119,7 @@ def read_steps(optimizer: torch.optim.Optimizer) -> int:
 def write_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Set AdamW's step count, on which its bias correction depends."""
     for state in optimizer.state.values():
-        state["step"].fill_(float(steps))
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(float(steps))
+        else:
+            state["step"] = steps  # bitsandbytes

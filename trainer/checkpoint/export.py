@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
-from trainer.checkpoint.identity import base_identity
 from trainer.checkpoint.manifest import Manifest, read_json, read_manifest
 from trainer.checkpoint.shards import ShardReader
 from trainer.checkpoint.state import read_state
@@ -27,6 +26,7 @@ from trainer.errors import CheckpointError
 from trainer.model.architecture import load_architecture, load_tokenizer, meta_model
 from trainer.model.bottleneck import SETTINGS_FILE, insert_bottlenecks
 from trainer.model.export import ADAPTER_FILE, export_model, exported_tensors, load_exported
+from trainer.model.identity import base_identity
 from trainer.model.load import load_weights
 from trainer.model.methods import METHODS
 from trainer.run_folder import INFO_FILE

@@ -26,6 +26,7 @@ class Snapshots:
         }
         on_gpu = any(piece.values.device.type != "cpu" for piece in pieces)
         for kind, members in by_file.items():
+            members.sort(key=lambda piece: -piece.values.dtype.itemsize)  # so that every entry is aligned
             layout = [(entry_key(p.key, p.start), p.values.dtype, p.values.numel()) for p in members]
             views = self._image(kind, layout, pinned=on_gpu and torch.cuda.is_available()).views
             for piece in members:

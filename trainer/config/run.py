@@ -56,6 +56,9 @@ KINDS = {"classification": ("classification",), "clm": ("stream", "live", "instr
 class OptimConfig(Section):
     """AdamW and its learning rate."""
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """`adamw` is torch's. The others are bitsandbytes': moments in 8 bits, in memory that may leave the GPU, or both. They keep whole
+    parameters' moments, so they run on one process or with copies of the model, not where it is sharded."""
     peak_lr: PositiveFloat | None = None
     """Highest learning rate. None: the usual one of the method, such as 2e-5 for full and 3e-4 for lora (trainer/model/methods.py)."""
     head_lr: PositiveFloat | None = None

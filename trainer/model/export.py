@@ -23,6 +23,7 @@ from trainer.config import ModelConfig, QloraConfig
 from trainer.errors import CheckpointError, SamestepError
 from trainer.model.architecture import AUTO_MODELS, LOADING_ERRORS, first_line, load_architecture
 from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
+from trainer.model.identity import base_identity
 from trainer.model.load import load_weights, quantization_of
 from trainer.run_folder import INFO_FILE
 
@@ -196,7 +197,22 @@ def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -
 
 def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     """The base model that samestep.json names, quantized as it says, with the adapter on it."""
-    return put_adapter(load_base(info, trust_remote_code), folder)
+    model = put_adapter(load_base(info, trust_remote_code), folder)
+    if info.get("base_identity") is not None and identity_below(model) != info["base_identity"]:
+        raise CheckpointError(
+            f"{folder}: this adapter was trained on other weights than {info['base']} holds now; put its own base there"
+        )
+    return model
+
+
+def identity_below(model: nn.Module) -> str | None:
+    """Digest of the base under an adapter, as it was while the adapter was trained; leaves all weights frozen."""
+    if is_peft(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("default" in name.split("."))  # PEFT's name of the adapter, in all its tensors
+    identity = base_identity(model)
+    model.requires_grad_(False)
+    return identity
 
 
 def put_adapter(model: nn.Module, folder: Path) -> nn.Module:

@@ -20,7 +20,7 @@ from trainer.data.stream.mix import Mixture, Stage
 from trainer.data.stream.order import key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION
 from trainer.data.stream.remote import RemoteDataset
-from trainer.data.stream.segment import Cut, Segment
+from trainer.data.stream.segment import NOTHING, Cut, Segment
 from trainer.data.stream.shards import hash_bytes
 from trainer.data.stream.source import Place, Source, StreamSettings
 from trainer.errors import DataError
@@ -89,7 +89,9 @@ class Stream:
                 mine = sources == source
                 found[1:, mine] = self.sources[source].places(ks[mine])
             allowed = int(np.argmin(np.append(found[1], -1)))
-            segment = self._segments[number] = Segment(found[:, :allowed], self.sources, self._ramps)
+            segment = self._segments[number] = Segment(
+                found[:, :allowed], self.sources, self._ramps, isolate=self.settings.isolate
+            )
             while len(self._segments) > KEPT_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return segment
@@ -102,7 +104,7 @@ class Stream:
         """
         shape, isolate = (len(samples), self.settings.sequence_length), self.settings.isolate
         cut = self._cut(samples)
-        if not isolate and not document_ids and not any(count < shape[1] for count in cut.held):
+        if not isolate and not document_ids and min(cut.held, default=0) == shape[1]:
             return plain_batch(cut, shape)
         # Two arrays of one size lie 16 bytes apart modulo a page, where a copy shifted by one token takes 10 times as long (4K aliasing).
         flat_labels = np.empty(shape[0] * shape[1] + 64, np.int64)[64:]
@@ -124,7 +126,12 @@ class Stream:
 
     def _cut(self, samples: Sequence[int]) -> Cut:
         """What these samples are made of, verified; consecutive ones are taken together."""
-        cut, at = Cut([], [], np.zeros(0, np.int64), []), 0
+        if samples and samples[-1] - samples[0] == len(samples) - 1:  # most often all of them, in one segment
+            segment, inside = self._segment(samples[0] // SEGMENT), samples[0] % SEGMENT
+            end = inside + len(samples)
+            if end <= segment.num_samples and list(samples) == list(range(samples[0], samples[-1] + 1)):
+                return segment.cut(inside, end)
+        cut, at = Cut([], [], NOTHING, []), 0
         while at < len(samples):
             first = samples[at]
             self._place(first)  # raises for one that must not be read
@@ -192,4 +199,4 @@ def plain_batch(cut: Cut, shape: tuple[int, int]) -> Batch:
         np.concatenate([piece[None] for piece in cut.tokens], out=rows[:, :-1])
     elif cut.tokens:
         rows[:, :-1] = np.concatenate(cut.tokens).reshape(shape)
-    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "num_tokens": np.full(shape[0], shape[1])}
+    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "num_tokens": np.array(cut.held, np.int64)}

@@ -16,6 +16,7 @@ from trainer.data.stream.shards import ShardReader
 from trainer.data.stream.source import Source
 
 Ints = NDArray[np.int64]
+NOTHING: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Cut:
     tokens: list[NDArray[Any]]
     """Of each piece."""
     positions: list[Ints]
-    """Of each piece: from 0 on."""
+    """Of each piece: from 0 on; none where documents see each other."""
     lasts: Ints
-    """Place of each piece's last token, counted from the first row on."""
+    """Place of each piece's last token, counted from the first row on; none where documents see each other."""
     held: list[int]
     """Tokens of each row that are no padding."""
 
@@ -49,9 +50,9 @@ class Cut:
 class Segment:
     """Some consecutive samples of all sources."""
 
-    def __init__(self, places: Ints, sources: Sequence[Source], ramps: list[Ints]) -> None:
+    def __init__(self, places: Ints, sources: Sequence[Source], ramps: list[Ints], *, isolate: bool) -> None:
         """places: (4, N) source, epoch, shard and row of each. ramps: 0 to n - 1 for every n up to a row's length."""
-        self.places, self.sources, self.ramps = places, sources, ramps
+        self.places, self.sources, self.ramps, self.isolate = places, sources, ramps, isolate
         self.num_samples = places.shape[1]
         self.length = len(ramps) - 1
 
@@ -60,6 +61,8 @@ class Segment:
         start, end = self.bounds[first], self.bounds[last]
         if self.unverified:
             self.verify(start, end)
+        if not self.isolate:
+            return Cut(self.tokens[start:end], [], NOTHING, self.held[first:last])
         lasts = self.lasts[start:end] - first * self.length
         return Cut(self.tokens[start:end], self.positions[start:end], lasts, self.held[first:last])
 
