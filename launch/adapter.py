@@ -1,4 +1,4 @@
-"""`samestep adapter list | inspect | merge | compare`: exported adapters, and what merging one costs.
+"""`samestep adapter list | inspect | merge | compare | evaluate`: exported adapters, alone and side by side.
 
 Exit codes: 0 fine, 1 the merged model is another model (compare), 2 a mistake in the command.
 """
@@ -130,6 +130,49 @@ def compare(
     show(rows, len(texts))
     if rows[choose_into(None, info)].verdict.startswith("ANOTHER"):
         raise typer.Exit(1)
+
+
+@adapter_app.command()
+def evaluate(
+    runs: Annotated[str, typer.Argument(metavar="RUN,RUN,...", help="Runs that exported adapters of one base.")],
+) -> None:
+    """Test several adapters in one pass over the test split of the first run's data; the base is loaded once.
+
+    Example: samestep adapter evaluate runs/lora_sst2,runs/dora_sst2
+    """
+    quiet_libraries()
+    from trainer.predict_adapters import AdapterPredictor
+
+    paths = {Path(run).name: Path(run) for run in runs.split(",") if run}
+    if len(paths) < len(runs.split(",")):
+        raise ConfigError(f"RUN,RUN ({runs}): must be runs with different names, separated by commas")
+    texts, labels = held_out_samples(next(iter(paths.values())))
+    predictor = AdapterPredictor(paths)
+    requests = [(text, name) for text in texts for name in paths]
+    answers = predictor.predict(requests)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("adapter", "accuracy", "examples"):
+        table.add_column(heading, justify="left" if heading == "adapter" else "right")
+    for number, name in enumerate(paths):
+        mine = answers[number :: len(paths)]
+        correct = sum(answer.label == label for answer, label in zip(mine, labels, strict=True))
+        table.add_row(name, f"{correct / len(labels):.4f}", f"{len(labels):,}")
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def held_out_samples(run: Path) -> tuple[list[Any], list[str]]:
+    """(texts, labels) of the test split, or without one the validation split, that a run's settings name."""
+    from trainer.config import ClassificationData
+    from trainer.data.classify import read_splits
+    from trainer.resolve.build import load_config
+
+    config = load_config(run / "config.yaml")
+    if not isinstance(config.data, ClassificationData):
+        raise ConfigError(f"RUN ({run}) was not trained on labelled texts; evaluate works for classification")
+    splits = read_splits(config.data)
+    samples = splits.test or splits.validation
+    texts = list(samples.texts) if samples.pairs is None else list(zip(samples.texts, samples.pairs, strict=True))
+    return texts, [splits.label_names[label] for label in samples.labels]
 
 
 def choose_into(into: str | None, info: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from launch.adapter import held_out_samples
 from launch.cli import main
 from tests.test_predict import LABELS, TEXTS, export_run
-from tests.tiny import tiny_bert
+from tests.tiny import tiny_bert, tiny_sentences
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.adapters import Difference, compare, find_adapter, merge, merged
 from trainer.model.export import identity_below, load_exported
@@ -208,4 +209,14 @@ def test_the_commands_list_inspect_compare_and_predict(
     both = f"{runs['lora']},{runs['rslora']}"
     lines = say("predict", "--adapters", both, "a good film", "an awful film").splitlines()
     assert [line.split()[0] for line in lines] == ["lora", "rslora"] * 2
+    tiny_sentences(tmp_path / "data.csv", rows=40)
+    (runs["lora"] / "config.yaml").write_text(f"name: tiny\ndata:\n  source: {tmp_path / 'data.csv'}\n")
+    rows = [line.split() for line in say("adapter", "evaluate", both).splitlines()]
+    assert [row[0] for row in rows] == ["adapter", "lora", "rslora"]
+    assert all(row[2] == "6" for row in rows[1:])
+    predictor = load_predictor(runs["rslora"])
+    texts, labels = held_out_samples(runs["lora"])
+    answers = predictor.predict(texts)
+    share = np.mean([answer.label == label for answer, label in zip(answers, labels, strict=True)])
+    assert rows[2][1] == f"{share:.4f}"
     assert "opened again" in say("adapter", "merge", str(runs["lora"]), "--output", str(tmp_path / "merged"))

@@ -20,7 +20,7 @@ GROUPS = ("checkpoint", "data", "adapter")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 37
+    assert len(COMMANDS) == 38
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep")]
 
 

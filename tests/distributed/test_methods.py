@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.resume_runs import make_config, same_weights, start
-from tests.rank_pool import BACKENDS
+from tests.distributed.resume_runs import make_config, same_weights, start, train
+from tests.rank_pool import BACKENDS, run_ranks
 from tests.support_matrix import record
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.checkpoint.export import export_checkpoint, find_checkpoint
-from trainer.config import RunConfig
+from trainer.config import QloraConfig, RunConfig
 from trainer.model.export import load_exported
 from trainer.model.methods import METHODS as METHODS_TABLE
 
@@ -110,3 +110,37 @@ def check_exports(run: Path, target: Path, trained: dict[str, np.ndarray]) -> No
     for name, array in trained.items():
         if name in loaded:
             assert np.array_equal(loaded[name].detach().numpy(), array), name
+
+
+def int8_config(root: Path, run: Path) -> RunConfig:
+    config = method_config(root, run, "qlora")
+    return config.model_copy(update={"method": QloraConfig(quantize="int8")})
+
+
+def train_unchecked(config: RunConfig) -> str:
+    """One start without our refusal; what it died of."""
+    import trainer.model.methods as table
+
+    table.REPLACES_PARAMETERS = ()
+    try:
+        train(config)
+    except AttributeError as error:
+        return str(error)
+    return "it trained"
+
+
+def test_eight_bits_train_the_same_on_a_backend_that_keeps_parameters(root: Path, tmp_path: Path) -> None:
+    one = start(int8_config(root, tmp_path / "single"), "single", 1)
+    two = start(int8_config(root, tmp_path / "ddp"), "ddp", 2)
+    assert one is not None
+    assert two is not None
+    summed = [sum(facts["losses"][step] for facts in two) for step in range(STEPS)]
+    assert summed == pytest.approx(list(one[0]["losses"].values()), rel=1e-5)
+
+
+def test_eight_bits_are_refused_on_fsdp_for_a_reason_that_still_stands(root: Path, tmp_path: Path) -> None:
+    refused = start(int8_config(root, tmp_path / "refused"), "fsdp", 2)
+    assert refused is not None
+    assert all("method.quantize (int8) does not run on fsdp" in facts["error"] for facts in refused)
+    died = run_ranks(train_unchecked, "fsdp", 2, args=(int8_config(root, tmp_path / "unchecked"),))
+    assert all("'CB'" in message for message in died)  # remove the refusal when this fails

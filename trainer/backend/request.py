@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from trainer.errors import BackendError
 
 PRECISIONS = ("no", "bf16", "fp16")
+REPLACES_PARAMETERS = ("fsdp",)
+"""Backends that put shards in place of parameters: what a parameter's class keeps beside its numbers is lost."""
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@
 row here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 from transformers import PretrainedConfig
 
+from trainer.backend.request import REPLACES_PARAMETERS
 from trainer.backend.wrap import repeated_blocks
-from trainer.config import AdapterConfig, LiveData, LowRank, MethodConfig, RunConfig, StreamData
+from trainer.config import AdapterConfig, LiveData, LowRank, MethodConfig, QloraConfig, RunConfig, StreamData
 from trainer.errors import ConfigError
 from trainer.model.architecture import load_architecture, meta_model
 from trainer.model.bottleneck import bottleneck_targets, insert_bottlenecks
@@ -35,8 +36,6 @@ class Method:
     tasks: tuple[str, ...] = ("classification", "clm")
     is_adapter: bool = True
     """What is exported are the trained tensors alone; the base stays where it is."""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """Backends that it does not run on, and why."""
 
 
 def apply_method(
@@ -74,16 +73,11 @@ def train_biases(model: nn.Module, method: MethodConfig, new_modules: Sequence[s
 
 def add_bottlenecks(model: nn.Module, method: AdapterConfig, new_modules: Sequence[str], task: str) -> nn.Module:
     """Put bottleneck adapters into the frozen model; train head and new modules too."""
-    trained = trained_modules(model, new_modules, task)
-    settings: dict[str, Any] = {
-        "targets": bottleneck_targets(model, method),
-        "size": method.size,
-        "activation": method.activation,
-    }
+    targets = bottleneck_targets(model, method)
+    inserted = [f"{name}.{part}" for name in targets for part in ("down", "up")]
+    trained = [*inserted, *trained_modules(model, new_modules, task)]
     insert_bottlenecks(
-        model,
-        settings
-        | {"trained": [*(f"{name}.{part}" for name in settings["targets"] for part in ("down", "up")), *trained]},
+        model, {"targets": targets, "size": method.size, "activation": method.activation, "trained": trained}
     )
     return model
 
@@ -117,8 +111,11 @@ def check_method(config: RunConfig, backend: str | None = None) -> None:
     backend: None leaves out what depends on it.
     """
     method, row = config.method, METHODS[config.method.name]
-    if backend is not None and backend in row.refused:
-        raise ConfigError(f"method.name ({method.name}) does not run on {backend}: {row.refused[backend]}")
+    if isinstance(method, QloraConfig) and method.quantize == "int8" and backend in REPLACES_PARAMETERS:
+        raise ConfigError(
+            f"method.quantize (int8) does not run on {backend}, which replaces parameters by shards: those of bitsandbytes 0.50's "
+            "int8 layers lose their scales; use method.quantize=nf4, or another backend"
+        )
     if config.model.task not in row.tasks:
         raise ConfigError(
             f"method.name ({method.name}) trains {row.words}, which model.task={config.model.task} has not; use full or lora"
