@@ -17,6 +17,9 @@ from launch.adapter import adapter_app
 from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
 from launch.data_look import data_app
+from launch.job import job_app
+from launch.queue import logs, status
+from launch.submit import cancel, submit
 from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import error_text, json_schema
 
@@ -35,6 +38,9 @@ app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(job_app, name="job", hidden=True)
+for command in (submit, status, cancel, logs):
+    app.command()(command)
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's file, such as recipes/lora_sst2.py.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe.")]

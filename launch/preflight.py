@@ -18,6 +18,7 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError, SamestepError
 from trainer.quiet import quiet_libraries
 from trainer.resolve import try_resolve
+from trainer.resolve.build import Attempt
 from trainer.resolve.inputs import input_problems
 from trainer.resolve.suggest import nearest_word
 
@@ -33,15 +34,29 @@ class Machine:
     has_deepspeed: bool
 
 
-def check_run(options: RunOptions) -> None:
-    """Raise ConfigError with the problems of all checks, if there are any."""
+def check_run(options: RunOptions) -> RunConfig:
+    """The settings of a run on this machine. Raises ConfigError with the problems of all checks, if there are any."""
+    return checked(options, this_machine())
+
+
+def check_job(options: RunOptions) -> RunConfig:
+    """The same for a job on several nodes; processes counts the ranks on all of them, of which this node has its share."""
+    machine = this_machine()
+    return checked(options, replace(machine, num_gpus=(options.processes or 1) if machine.num_gpus else 0))
+
+
+def checked(options: RunOptions, machine: Machine) -> RunConfig:
+    """The settings, if nothing is wrong with them, the backend, the inputs and the run directory."""
     quiet_libraries()
     done = options.complete()
     assert done.processes is not None
-    problems = [*backend_problems(done, this_machine()), *recipe_problems(done, done.processes)]
+    problems = [*backend_problems(done, machine), *recipe_problems(done, done.processes)]
     problems = problems or start_problems(done)
     if problems:
         raise ConfigError(*problems)
+    found = try_recipe(done, done.processes).resolved
+    assert found is not None
+    return found.config
 
 
 def check_parity(options: RunOptions, backends: Sequence[str], processes: Sequence[int], *, has_splits: bool) -> None:
@@ -61,10 +76,9 @@ def check_parity(options: RunOptions, backends: Sequence[str], processes: Sequen
 def recipe_problems(options: RunOptions, world_size: int) -> list[str]:
     """Problems with the recipe, its settings, and the data and model that they name."""
     try:
-        defaults = load_recipe(options.recipe).DEFAULTS
+        attempt = try_recipe(options, world_size)
     except ConfigError as error:
         return list(error.problems)
-    attempt = try_resolve(type(defaults), defaults, options.configs, options.overrides, world_size)
     if attempt.resolved is None:
         return list(attempt.problems)
     return [*attempt.problems, *input_problems(attempt.resolved.config, attempt.problems)]
@@ -73,8 +87,7 @@ def recipe_problems(options: RunOptions, world_size: int) -> list[str]:
 def start_problems(options: RunOptions) -> list[str]:
     """Why the run directory does not let this run start or continue; nothing where the settings are wrong anyhow."""
     try:
-        defaults = load_recipe(options.recipe).DEFAULTS
-        attempt = try_resolve(type(defaults), defaults, options.configs, options.overrides, 1)
+        attempt = try_recipe(options, 1)
         if attempt.resolved is not None:
             decide_start(attempt.resolved.config)
     except ConfigError as error:
@@ -82,6 +95,12 @@ def start_problems(options: RunOptions) -> list[str]:
     except SamestepError as error:
         return [str(error)]
     return []
+
+
+def try_recipe(options: RunOptions, world_size: int) -> Attempt:
+    """The recipe's settings with files and overrides. ConfigError for a file that is no recipe."""
+    defaults = load_recipe(options.recipe).DEFAULTS
+    return try_resolve(type(defaults), defaults, options.configs, options.overrides, world_size)
 
 
 def load_recipe(path: Path) -> ModuleType:

@@ -14,14 +14,25 @@ from launch.cli import app
 from tests.support_matrix import MARK, matrix
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+def commands_of(page: str) -> list[str]:
+    """Every line of its bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = commands_of("README.md")
+SLURM_COMMANDS = [
+    c for c in (*COMMANDS, *commands_of("slurm/README.md")) if c.startswith(("samestep submit", "sbatch"))
+]
+COMMANDS_ALONE = ("parity", "predict", "methods", "status", "logs", "cancel")
 GROUPS = ("checkpoint", "data", "adapter")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 38
-    assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep")]
+    assert len(COMMANDS) == 44
+    assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep", "sbatch")]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash ")])
@@ -58,11 +69,7 @@ def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     "command",
-    [
-        c
-        for c in COMMANDS
-        if c.startswith(tuple(f"samestep {name}" for name in ("parity", "predict", "methods", *GROUPS)))
-    ],
+    [c for c in COMMANDS if c.startswith(tuple(f"samestep {name}" for name in (*COMMANDS_ALONE, *GROUPS)))],
 )
 def test_other_lines_name_real_options(command: str) -> None:
     words = shlex.split(command)[1:]
@@ -71,6 +78,27 @@ def test_other_lines_name_real_options(command: str) -> None:
     options = [word for word in words if word.startswith("--")]
     assert result.exit_code == 0
     assert all(option in result.output for option in options)
+
+
+@pytest.mark.parametrize("command", SLURM_COMMANDS)
+def test_submitted_lines_make_a_script(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those with sbatch itself run in tests/slurm."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    profiles = tmp_path / ".config" / "samestep" / "clusters"
+    profiles.mkdir(parents=True)
+    page = (ROOT / "slurm" / "README.md").read_text()
+    (profiles / "NAME.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1))  # type: ignore[union-attr]
+    words = shlex.split(command)
+    if words[0] == "sbatch":
+        assert [word for word in words[1:] if not word.startswith("--")][:2] == [
+            "slurm/train.sbatch",
+            "recipes/lora_sst2.py",
+        ]
+        return
+    result = CliRunner().invoke(app, [*words[1:], *([] if "--dry-run" in words else ["--dry-run"])])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("#!/usr/bin/env bash\n")
 
 
 def test_the_support_matrix_is_what_the_tests_recorded() -> None:

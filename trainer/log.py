@@ -20,7 +20,7 @@ from rich.text import Text
 
 from trainer.errors import ConfigError, SamestepError
 from trainer.quiet import chatter
-from trainer.run_folder import is_run
+from trainer.run_folder import JOBS, is_run
 from trainer.screen import Screen, eta_s, progress_words
 
 if TYPE_CHECKING:
@@ -223,8 +223,8 @@ def _reported(folder: Path, name: str) -> Iterator[None]:
 
 
 def _move_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds a run; None where there is nothing to keep."""
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    """Rename a folder that holds a run, but for what its jobs left; None where there is nothing to keep."""
+    names = {path.name for path in folder.iterdir()} - {JOBS} if folder.exists() else set()
     if not names:
         return None
     if not is_run(folder) and not names <= LOG_FILES:
@@ -235,7 +235,11 @@ def _move_aside(folder: Path) -> Path | None:
     number = 1
     while (free := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    return folder.rename(free)
+    moved = folder.rename(free)
+    if (moved / JOBS).exists():
+        folder.mkdir()
+        (moved / JOBS).rename(folder / JOBS)
+    return moved
 
 
 def _cell(value: object) -> str:

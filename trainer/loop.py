@@ -88,7 +88,7 @@ class Trainer:
         base, is_fresh = self.identity["base"], start.kind == "fresh"
         self.output = RunOutput(self.config, self.engine, self.task, self.num_steps, base=base, is_fresh=is_fresh)
         opened.callback(self.output.close)
-        self.stop = StopRequest(self.config, is_main=self.rank == 0)
+        self.stop = StopRequest(self.config, is_main=self.rank == 0, save_s=self.checkpoints.seconds_of_a_save)
         opened.callback(self.stop.close)
         self.checkpoints.say = self.output.log.say
         opened.enter_context(Watchdog(self.config, self.engine))

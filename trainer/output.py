@@ -48,7 +48,7 @@ class RunOutput:
         self.lock: FileLock | None = None
         self.on_rank_0(self.start_folder)
         self.log = RunLog(self.folder, is_main=self.is_main, total_steps=num_steps)
-        self.log.say(self.describe_backend())
+        self.log.say(self.describe_backend() + self.describe_nodes())
         self.started = time.perf_counter()
         self.speeds: list[float] = []
         """Of each log line, in `task.speed`."""
@@ -88,6 +88,20 @@ class RunOutput:
         if engine.world_size * threads * 2 <= cores:  # accelerate launch sets one thread where the user sets none
             words += f"; OMP_NUM_THREADS={cores // engine.world_size} would use them all"
         return words
+
+    def describe_nodes(self) -> str:
+        """A line for each node with its ranks, each by that rank's own word; nothing on one node. Collective."""
+        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:  # set by torchrun and accelerate launch
+            return ""
+        engine = self.engine
+        own = [0.0] * engine.world_size
+        own[engine.rank] = float(os.environ["GROUP_RANK"])
+        nodes = [int(node) for node in engine.sum_over_ranks(own)]
+        ranks = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in sorted(set(nodes))}
+        lines = [
+            f"\nnode {node}     ranks {', '.join(map(str, its))} of {engine.world_size}" for node, its in ranks.items()
+        ]
+        return "".join(lines)
 
     def continue_from(self, progress: "Progress", words: str) -> None:
         """Drop what was logged after the restored step, which comes again, and say what differs from the earlier start. Collective.

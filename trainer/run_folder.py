@@ -11,6 +11,9 @@ from trainer.errors import CheckpointError
 RUN_FILES = ("config.yaml", "metrics.jsonl")
 """Either of them makes a folder a run directory."""
 
+JOBS = "slurm"
+"""Subfolder that holds what Slurm jobs leave: script, starts, logs. It stays where it is when an earlier run is moved aside."""
+
 MODEL_FOLDER = "model"
 """Subfolder of a run directory that holds the exported model or adapter."""
 

@@ -35,6 +35,9 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError, DivergedError
 from trainer.progress import Progress
 
+SLOW_DISK = 50e6
+"""Bytes per second of one rank."""
+
 
 class DamagedError(Exception):
     """A checkpoint is not what was written; raised on all ranks."""
@@ -123,6 +126,11 @@ class Checkpointer:
     def has_failed(self) -> bool:
         """Whether this rank knows that the save in flight failed; the loop sums it over ranks and then calls `wait` on all."""
         return self.saver.has_failed
+
+    def seconds_of_a_save(self) -> float:
+        """What the longest save of this process took without its pauses; before the first, a guess for a slow disk."""
+        num_bytes = sum(image.size for image in self.snapshots.images.values())
+        return self.saver.longest_s or num_bytes / SLOW_DISK
 
     def wait(self) -> None:
         """Until the last save is published; raises CheckpointError on all ranks if it failed."""

@@ -72,6 +72,10 @@ class Saver:
         self.hurry = threading.Event()
         """Set while somebody waits for the save."""
         self.chunk_began = 0.0
+        self.paused_s = 0.0
+        """Of the save in flight."""
+        self.longest_s = 0.0
+        """Of all saves so far, without pauses."""
 
     def start(self, save: Save) -> None:
         """Write in the background. The one before must have ended (`wait`)."""
@@ -107,6 +111,13 @@ class Saver:
 
     def _run(self, save: Save) -> str | None:
         """None, or why the checkpoint was not published; the same on every rank."""
+        began, self.paused_s = time.perf_counter(), 0.0
+        try:
+            return self._write_and_publish(save)
+        finally:
+            self.longest_s = max(self.longest_s, time.perf_counter() - began - self.paused_s)
+
+    def _write_and_publish(self, save: Save) -> str | None:
         report = self._write_own_files(save)
         reports = self.side.all_gather(report)
         error = "; ".join(
@@ -143,8 +154,10 @@ class Saver:
     def _after_chunk(self) -> None:
         """Pause between chunks while training goes on, so that no single step pays for the whole save."""
         self.watch()
-        self.hurry.wait(PAUSE * (time.perf_counter() - self.chunk_began))
+        written = time.perf_counter()
+        self.hurry.wait(PAUSE * (written - self.chunk_began))
         self.chunk_began = time.perf_counter()
+        self.paused_s += self.chunk_began - written
 
     def _finish(self, save: Save, reports: list[Report], error: str) -> str:
         """Rank 0: publish and prune, or take the unfinished folder away. What went wrong, or nothing."""

@@ -17,6 +17,8 @@ from trainer.model.methods import METHODS, apply_method, check_layers
 from trainer.model.targets import resolve_targets
 
 FP32, GRADIENT_AND_MOMENTS = 4, 12  # bytes a parameter
+CHECKPOINTED = 12
+"""Bytes of a checkpoint for each trainable parameter: weight and two moments."""
 QUANTIZED = {"nf4": 4.127 / 8, "fp4": 4.127 / 8, "int8": 1.0}  # bytes a weight; 4 bits with doubly quantized scales
 
 

@@ -1,0 +1,120 @@
+"""`samestep job begin | check | end`: what slurm/train.sbatch asks for around training, on the cluster's nodes.
+
+Each start leaves a line in RUN/slurm/starts.jsonl, and `end` decides by it and by what training left whether there is another one.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.command import CONFIG_FOLDER, RunOptions
+from launch.starts import CANCELLED, JobStart, newest_step, note_start, read_starts
+from trainer.checkpoint.resume import read_outcome
+from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
+from trainer.run_folder import JOBS
+from trainer.stop import STOP_FILE
+
+job_app = typer.Typer(
+    no_args_is_help=True, help="What slurm/train.sbatch asks for inside a job.", rich_markup_mode=None
+)
+
+
+@job_app.command()
+def begin(
+    world_size: Annotated[int, typer.Argument(min=1, help="Ranks on all nodes.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    *,
+    backend: Annotated[str, typer.Option()] = "single",
+    precision: Annotated[str, typer.Option()] = "no",
+    config: Annotated[list[Path] | None, typer.Option("--config")] = None,
+) -> None:
+    """Check recipe and settings, note the start, print the run directory, this start's log and the backend's file, a line each."""
+    options = RunOptions(recipe, backend, world_size, precision, tuple(config or ()), tuple(overrides or ()))
+    from launch.preflight import check_job
+
+    found = check_job(options)
+    folder = found.folder
+    start = note_start(folder, checkpoint_size(found), os.environ)
+    (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
+    print(folder, folder / JOBS / start.log, CONFIG_FOLDER / f"{backend}.yaml", sep="\n")
+
+
+@job_app.command()
+def check(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    address: Annotated[str, typer.Argument(help="Of the first node.")],
+    port: Annotated[int, typer.Argument(help="Where the ranks will meet.")],
+    *,
+    ranks_per_node: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Run once on every node: is everything there that training needs? One table by the first node; exit code 3 where it is not."""
+    from launch.node_check import check_nodes
+
+    raise typer.Exit(check_nodes(run, address, port, ranks_per_node=ranks_per_node, environ=os.environ))
+
+
+@job_app.command()
+def end(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    *,
+    max_restarts: Annotated[int, typer.Option(min=0)] = 20,
+) -> None:
+    """Print finished, cancelled, failed, stuck or requeue; why, on the error stream."""
+    verdict, why = decide(run, read_starts(run), max_restarts=max_restarts, job_state=job_state(os.environ))
+    if verdict == "cancelled":
+        (run / JOBS / CANCELLED).unlink(missing_ok=True)
+    print(f"samestep: {why}", file=sys.stderr, flush=True)
+    print(verdict)
+
+
+def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_state: str) -> tuple[str, str]:
+    """What comes after a start that has ended, and why, in words. Looks at the run directory, changes nothing.
+
+    job_state: as Slurm calls it; a job that somebody cancelled is not started again.
+    """
+    outcome, start = read_outcome(run), starts[-1]
+    step, number = newest_step(run), start.number
+    if outcome == "finished":
+        return "finished", f"the run is finished at step {step}"
+    if (run / JOBS / CANCELLED).exists() or job_state == "CANCELLED":
+        return "cancelled", f"cancelled after step {step}, which is saved; submitting it again goes on from there"
+    if outcome == "failed":
+        return "failed", "training could not go on (see above); another start would end the same way"
+    if number > 0 and step <= start.step:
+        return "stuck", (
+            f"no progress since the last restart: the newest checkpoint is still that of step {step}; start {number + 1} of job "
+            f"{start.job} is the last. What went wrong stands above, and in {run / JOBS / start.log}"
+        )
+    if number >= max_restarts:
+        return (
+            "stuck",
+            f"restarted {number} times, which is the cap (--max-restarts {max_restarts}); the run is at step {step}",
+        )
+    how = "stopped on request" if outcome == "stopped" else "ended without a word"
+    return (
+        "requeue",
+        f"{how} at step {step}; the job is put back into the queue (restart {number + 1} of {max_restarts})",
+    )
+
+
+def checkpoint_size(config: Any) -> float:
+    """What one checkpoint takes: as much as the newest one, or weights and two moments of what is trained."""
+    for folder in list_checkpoints(config.folder / CHECKPOINTS)[:1]:
+        return float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    from trainer.model.estimate import CHECKPOINTED, estimate
+
+    return float(CHECKPOINTED * estimate(config.model, config.method).trainable)
+
+
+def job_state(environ: Mapping[str, str]) -> str:
+    """RUNNING, CANCELLED, ... as `scontrol` says of this job; empty where it says nothing."""
+    job = environ.get("SLURM_JOB_ID", "")
+    done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+    words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    return words.get("JobState", "")

@@ -1,0 +1,211 @@
+"""The check before a job's training: one process on every node, which find each other through the run directory.
+
+The first node opens the port, waits for the others' facts, asks each for its clock, and prints one table and one verdict, which all
+nodes exit by. Everything passes through files in RUN/slurm, so the check of the shared folder is the check itself.
+"""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.starts import read_starts
+from trainer.run_folder import JOBS
+
+EXIT_CODE = 3
+LIMIT_S = 50.0
+"""For all of it, within the minute that a failing job may take."""
+MAX_SKEW_S, MAX_LAG_S = 10.0, 10.0
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node says about itself, and how the first node sees it."""
+
+    number: int
+    name: str
+    versions: dict[str, str]
+    num_gpus: int
+    """Visible in the job; 0 on a CPU node."""
+    free_bytes: int
+    """Where checkpoints go."""
+    reached: str = ""
+    """Why it cannot reach the first node's address and port; empty if it can."""
+    skew_s: float = 0.0
+    """How far its clock is ahead of the first node's."""
+    lag_s: float = 0.0
+    """What a file from the first node and one back take to be seen."""
+
+
+def check_nodes(run: Path, address: str, port: int, *, ranks_per_node: int, environ: Mapping[str, str]) -> int:
+    """0, or EXIT_CODE on all nodes where something is missing; the first one prints what. Every node of the job calls it once."""
+    start = read_starts(run)[-1]
+    number, count = int(environ.get("SLURM_NODEID", "0")), int(environ.get("SLURM_JOB_NUM_NODES", "1"))
+    board = Board(run / JOBS / f"check-{start.job}-{start.number:03d}", time.monotonic() + LIMIT_S)
+    if number > 0:
+        return answer(board, own_facts(number, run), address, port)
+    with opened_port(address, port) as problem:
+        nodes = gather(board, own_facts(0, run), count)
+    gpus = ranks_per_node if int(environ.get("SLURM_GPUS_ON_NODE") or 0) else 0
+    problems = [problem] if problem else []
+    problems += problems_of(nodes, count, gpus=gpus, needed=2 * start.checkpoint_bytes)
+    show(nodes, problems)
+    board.write("verdict", {"code": EXIT_CODE if problems else 0})
+    return EXIT_CODE if problems else 0
+
+
+class Board:
+    """Small files that nodes write for each other in a shared folder, until the time is up."""
+
+    def __init__(self, folder: Path, deadline: float) -> None:
+        """deadline: by time.monotonic()."""
+        self.folder, self.deadline = folder, deadline
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
+        fresh = self.folder / f".{name}"
+        fresh.write_text(json.dumps(content), encoding="utf-8")
+        fresh.replace(self.folder / f"{name}.json")
+
+    def wait(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Those of the named files that are there before the time is up, each with `seen`, when it was found."""
+        found: dict[str, dict[str, Any]] = {}
+        while len(found) < len(names) and time.monotonic() < self.deadline:
+            os.listdir(self.folder)  # makes network file systems look again
+            for name in names:
+                path = self.folder / f"{name}.json"
+                if name not in found and path.exists():
+                    found[name] = {**json.loads(path.read_text(encoding="utf-8")), "seen": time.time()}
+            time.sleep(POLL_S)
+        return found
+
+
+@contextmanager
+def opened_port(address: str, port: int) -> Iterator[str]:
+    """Hold the first node's port open, so that the others can try to reach it; gives why that failed, or nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        problem = ""
+        try:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("", port))
+            server.listen(64)
+            socket.getaddrinfo(address, port)
+        except OSError as error:
+            reason = error.strerror or error
+            problem = f"the first node cannot open {address}:{port}: {reason}; another program may hold it, or the name does not resolve"
+        yield problem
+
+
+def answer(board: Board, facts: dict[str, Any], address: str, port: int) -> int:
+    """The part of all nodes but the first: tell about itself, answer once asked, exit by the verdict."""
+    number = facts["number"]
+    board.write(f"here-{number}", facts)
+    if not board.wait("ask"):
+        return EXIT_CODE
+    clock = time.time()
+    reached = why_unreachable(address, port)
+    board.write(f"answer-{number}", {"reached": reached, "clock": clock, "took": time.time() - clock})
+    return int(board.wait("verdict").get("verdict", {"code": EXIT_CODE})["code"])
+
+
+def gather(board: Board, facts: dict[str, Any], count: int) -> list[Node]:
+    """The part of the first node: what each node says, with skew and lag; nodes that do not answer are left out."""
+    nodes = [Node(**facts)]
+    here = board.wait(*(f"here-{number}" for number in range(1, count)))
+    asked = time.time()
+    board.write("ask", {})
+    answers = board.wait(*(name.replace("here", "answer") for name in here))
+    for name, told in here.items():
+        if (said := answers.get(name.replace("here", "answer"))) is not None:
+            lag = said["seen"] - asked - said["took"]
+            told.pop("seen")
+            nodes.append(Node(**told, reached=said["reached"], skew_s=said["clock"] - asked - lag / 2, lag_s=lag))
+    return sorted(nodes, key=lambda node: node.number)
+
+
+def own_facts(number: int, run: Path) -> dict[str, Any]:
+    """number, name, versions, num_gpus and free_bytes of this node."""
+    import torch
+
+    from trainer.backend import library_versions
+
+    return {
+        "number": number,
+        "name": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "versions": {"python": platform.python_version(), **library_versions()},
+        "num_gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "free_bytes": shutil.disk_usage(run).free,
+    }
+
+
+def why_unreachable(address: str, port: int) -> str:
+    """Of the first node, from this one; empty if it answers."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError as error:
+        return f"{address}:{port}: {error.strerror or error}"
+    return ""
+
+
+def problems_of(nodes: Sequence[Node], count: int, *, gpus: int, needed: float) -> list[str]:
+    """What keeps these nodes from training together, each with its fix. gpus: asked for on each; needed: bytes for two checkpoints."""
+    problems = []
+    missing = sorted(set(range(count)) - {node.number for node in nodes})
+    if missing:
+        problems.append(
+            f"node(s) {', '.join(map(str, missing))} of {count} did not answer in {LIMIT_S:.0f} s through the run directory: they are "
+            "down, or it is not on a file system that all nodes share; set run_dir=PATH to one"
+        )
+    first = nodes[0]
+    for node in nodes:
+        problems += node_problems(node, first, gpus)
+    if first.free_bytes < needed:
+        free, wanted = first.free_bytes / 2**20, needed / 2**20
+        problems.append(
+            f"{free:,.0f} MiB are free for checkpoints, and two need {wanted:,.0f}; free space, or set run_dir=PATH to another disk"
+        )
+    return problems
+
+
+def node_problems(node: Node, first: Node, gpus: int) -> Iterator[str]:
+    """Of one node, compared with the first."""
+    here = first.versions
+    other = [
+        f"{name} {version} (first node: {here.get(name)})"
+        for name, version in node.versions.items()
+        if here.get(name) != version
+    ]
+    if other:
+        yield f"{node.name} has other versions: {', '.join(other)}; use one environment on a shared file system"
+    if node.num_gpus < gpus:
+        yield f"{node.name} sees {node.num_gpus} GPUs, and {gpus} were asked for; check --gpus-per-node and the driver"
+    if node.reached:
+        yield f"{node.name} cannot reach the first node at {node.reached}; check the network between them and the firewall"
+    if abs(node.skew_s) > MAX_SKEW_S:
+        yield f"the clock of {node.name} is {node.skew_s:+.0f} s from the first node's; ask the site's staff to set it"
+    if node.lag_s > MAX_LAG_S:
+        yield f"files take {node.lag_s:.0f} s between {node.name} and the first node; set run_dir=PATH to another file system"
+
+
+def show(nodes: Sequence[Node], problems: Sequence[str]) -> None:
+    """One table, one verdict."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("node", "name", "torch", "GPUs", "free, GiB", "clock, s", "shared folder, s"):
+        table.add_column(heading, justify="left" if heading in ("node", "name", "torch") else "right")
+    for node in nodes:
+        cells = (f"{node.free_bytes / 2**30:,.1f}", f"{node.skew_s:+.2f}", f"{node.lag_s:.2f}")
+        table.add_row(str(node.number), node.name, node.versions["torch"], str(node.num_gpus), *cells)
+    Console(soft_wrap=True, highlight=False).print(table)
+    print("\n".join(f"error: {problem}" for problem in problems) or f"all {len(nodes)} node(s) are ready", flush=True)

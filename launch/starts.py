@@ -1,0 +1,74 @@
+"""The starts of a run under Slurm: noted in RUN/slurm/starts.jsonl by each job, read by whoever decides or reports."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints, step_of
+from trainer.errors import ConfigError
+from trainer.run_folder import JOBS
+
+CANCELLED = "cancelled"
+"""In RUN/slurm: `samestep cancel` was here."""
+STARTS = "starts.jsonl"
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """One start of a run under Slurm."""
+
+    job: str
+    number: int
+    """0 for the first start of its job, counted by Slurm; a requeued job keeps its id."""
+    step: int
+    """Of the newest checkpoint, when it began."""
+    nodes: int
+    began: float
+    checkpoint_bytes: float
+    """Of one checkpoint, as far as is known."""
+    log: str
+
+
+def note_start(folder: Path, checkpoint_bytes: float, environ: Mapping[str, str]) -> JobStart:
+    """Append this start to RUN/slurm/starts.jsonl."""
+    jobs = folder / JOBS
+    try:
+        jobs.mkdir(parents=True, exist_ok=True)
+        job, number = environ.get("SLURM_JOB_ID", "0"), int(environ.get("SLURM_RESTART_COUNT", "0"))
+        start = JobStart(
+            job=job,
+            number=number,
+            step=newest_step(folder),
+            nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
+            began=time.time(),
+            checkpoint_bytes=checkpoint_bytes,
+            log=f"job-{job}-start-{number:03d}.log",
+        )
+        if number == 0:
+            (jobs / CANCELLED).unlink(missing_ok=True)  # of an earlier job
+        with (jobs / STARTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(vars(start)) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir ({folder}) cannot be written from this node: {error.strerror or error}; set run_dir=PATH to a folder "
+            "on a file system that all nodes share"
+        ) from None
+    return start
+
+
+def read_starts(run: Path) -> list[JobStart]:
+    """The starts of a run under Slurm, the first one first. ConfigError where there was none."""
+    try:
+        lines = (run / JOBS / STARTS).read_text(encoding="utf-8").splitlines()
+        return [JobStart(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"RUN ({run}) was not started by slurm/train.sbatch: {error}; give the run directory"
+        ) from None
+
+
+def newest_step(run: Path) -> int:
+    """Of the newest checkpoint; 0 without one."""
+    return max((step_of(folder) for folder in list_checkpoints(run / CHECKPOINTS)), default=0)
