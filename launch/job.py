@@ -113,8 +113,13 @@ def checkpoint_size(config: Any) -> float:
 
 
 def job_state(environ: Mapping[str, str]) -> str:
-    """RUNNING, CANCELLED, ... as `scontrol` says of this job; empty where it says nothing."""
+    """RUNNING, CANCELLED, ... as `scontrol` says of this job; empty where it says nothing.
+
+    Slurm 22.05 shows a job whose script still runs as COMPLETING when it was cancelled, preempted (it starts such a job again itself) or
+    its time is over.
+    """
     job = environ.get("SLURM_JOB_ID", "")
     done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
     words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
-    return words.get("JobState", "")
+    state = words.get("JobState", "")
+    return "CANCELLED" if state == "COMPLETING" and words.get("Reason") != "TimeLimit" else state

@@ -54,7 +54,7 @@ def submit(
         name=found.name,
         run_dir=str(found.folder),
         variants=variants,
-        overrides=words,
+        overrides=tuple(word for word in words if not (variants and word.startswith("run_dir="))),
         configs=tuple(config or ()),
         backend=backend,
         precision=precision,

@@ -59,9 +59,14 @@ def test_launch_lines_resolve_their_settings(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("samestep run")])
-def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a run directory of their own: the one they name may hold a finished run, of the README's first command."""
     monkeypatch.chdir(ROOT)
-    words = [*shlex.split(command)[1:], *([] if "--dry-run" in command else ["--dry-run"])]
+    words = [
+        *shlex.split(command)[1:],
+        f"run_dir={tmp_path / 'run'}",
+        *([] if "--dry-run" in command else ["--dry-run"]),
+    ]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "accelerate launch --config_file accelerate_configs/" in result.output

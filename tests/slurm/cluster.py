@@ -32,12 +32,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
-ReturnToService=2
+ReturnToService=0
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 KillWait=10
 MinJobAge=600
-SlurmdTimeout=10
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
@@ -85,6 +84,9 @@ class Cluster:
             assert time.monotonic() < end, f"job {job} is still {state}"
             assert state not in FAILED, f"job {job}: {state}"
             if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
+                time.sleep(
+                    3
+                )  # started within a second of being requeued, a job's credential is still revoked (Slurm 22.05)
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.3)
 

@@ -299,33 +299,37 @@ def test_a_full_disk_costs_the_last_steps_and_nothing_else(
 
 
 def test_a_cancelled_run_saves_and_is_not_started_again(cluster: Cluster, root: Path) -> None:
-    run = root / "cancelled"
+    run, waiting = root / "cancelled", root / "waiting"
     job = submit(cluster, *settings(root, run))
+    other = submit(cluster, "--nodes", "2", *settings(root, waiting))
     wait_for_step(run, 40)
+    assert cluster.run("samestep", "status", str(waiting)).split()[-5:-3] == ["waiting", other]
+    assert "is cancelled" in cluster.run("samestep", "cancel", str(waiting))
     assert "saves and ends" in cluster.run("samestep", "cancel", str(run))
     cluster.wait(job)
+    assert cluster.state(other) == "CANCELLED"
     assert 40 <= newest_step(run) < STEPS
     assert len(read_starts(run)) == 1
     assert "cancelled after step" in log_of(run)
-    again = submit(cluster, *settings(root, run))
-    wait_for_step(run, newest_step(run) + 5)
-    cluster.run("scancel", again)  # not by us
-    cluster.wait(again, until=("CANCELLED",))
-    time.sleep(5)
-    assert cluster.state(again) == "CANCELLED"
     assert "is not in the queue" in cluster.run("samestep", "cancel", str(run))
 
 
-def test_a_run_stops_before_its_time_limit_and_goes_on(cluster: Cluster, root: Path) -> None:
+def test_a_run_stops_before_its_time_limit_and_goes_on_until_somebody_cancels_it(cluster: Cluster, root: Path) -> None:
     run = root / "limit"
-    job = submit(cluster, "--time", "1", *settings(root, run, **{"train.max_steps": 3000, "train.eval_every": 3000}))
-    cluster.wait(job, until=("PENDING", "COMPLETED"))  # the first wait is for the node
+    endless = {"train.max_steps": 10**6, "train.save_every": 1000, "train.eval_every": 10**6}
+    job = submit(cluster, "--time", "1", *settings(root, run, **endless))
     wait_for_start(run, 1)
     cluster.wait(job, until=("PENDING",), timeout_s=90)
     assert read_outcome(run) == "stopped"  # not killed
-    assert 0 < newest_step(run) < 3000
-    cluster.run("samestep", "cancel", str(run))
+    stopped_at = newest_step(run)
+    assert stopped_at > 0
+    cluster.wait(job, until=("RUNNING",))
+    wait_for_step(run, stopped_at + 100)
+    cluster.run("scancel", job)  # without `samestep cancel`
     cluster.wait(job, until=("CANCELLED",))
+    time.sleep(3)
+    assert cluster.state(job) == "CANCELLED"
+    assert newest_step(run) > stopped_at  # it saved on the way
 
 
 def test_sbatch_accepts_the_generated_scripts(cluster: Cluster) -> None:
