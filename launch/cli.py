@@ -20,6 +20,7 @@ from launch.data_look import data_app
 from launch.job import job_app
 from launch.queue import logs, status
 from launch.submit import cancel, submit
+from launch.template import template_app
 from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import error_text, json_schema
 
@@ -38,6 +39,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(template_app, name="template")
 app.add_typer(job_app, name="job", hidden=True)
 for command in (submit, status, cancel, logs):
     app.command()(command)

@@ -4,6 +4,8 @@ Place in the flow: evaluation gathers the logits of every example, in order and 
 collective, no I/O, so every rank computes the same numbers. scikit-learn is imported at first use: it takes a second.
 """
 
+import re
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -47,6 +49,20 @@ def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> flo
     shifted = logits - logits.max(axis=1, keepdims=True)  # exp cannot overflow
     log_total = np.log(np.exp(shifted).sum(axis=1))
     return float((log_total - shifted[np.arange(len(labels)), labels]).mean())
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of lower-case words (ROUGE-L, Lin 2004); 0 where one is empty."""
+    one, other = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    lengths = [0] * (len(other) + 1)
+    for word in one:
+        before = 0
+        for place, with_word in enumerate(other, start=1):
+            kept = lengths[place]
+            lengths[place] = before + 1 if word == with_word else max(lengths[place], lengths[place - 1])
+            before = kept
+    common = lengths[-1]
+    return 2 * common / (len(one) + len(other)) if common else 0.0
 
 
 def _counted_rows(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

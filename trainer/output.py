@@ -221,7 +221,9 @@ class RunOutput:
         model, _, _ = load_exported(self.model_folder)
         model.to(self.engine.device).eval()
         evaluation = task.evaluate(lambda inputs: model(**inputs), self.engine, split_name)
-        metrics, elapsed_s = evaluation.metrics, time.perf_counter() - self.started
+        with self.engine.heartbeat.long("generating"):
+            metrics = evaluation.metrics | task.generation_metrics(model, self.engine)
+        elapsed_s = time.perf_counter() - self.started
         if self.is_main:
             prefix = "test" if split_name == "test" else "eval"
             self.log.record(

@@ -1,19 +1,25 @@
-"""Instruction pairs: what is a target and what is not, what is left out, and a training that learns responses."""
+"""Instruction tuning as training: answers are learned, alike on every backend, packed or not, and generated at the end."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from tests.distributed.resume_runs import start
 from tests.tiny import NUM_WORDS, tiny_llama, tiny_tokens
 from trainer.config import InstructData, LoraConfig, ModelConfig, OptimConfig, PromptConfig, RunConfig, TrainConfig
-from trainer.data.batches import IGNORED
 from trainer.data.docstrings import INSTRUCTION, pairs_of_file
-from trainer.data.instruct import build_instruct, tokenize_pairs
-from trainer.errors import DataError
+from trainer.metrics import rouge_l
+from trainer.model.export import load_exported
+from trainer.task.instruct import generate
+
+CHAT = (
+    "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}{{ m.content }}"
+    "{{ ' ' if m.role == 'user' else '<end>' }}{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokens" / "tokenizer.json"), eos_token="<end>", pad_token="<end>"
     )
+    tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
     lines = []
@@ -42,54 +49,10 @@ def run_config(root: Path, run: Path, **changes: object) -> RunConfig:
         run_dir=run,
         model=ModelConfig(source=str(root / "model"), task="clm"),
         method=LoraConfig(rank=4),
-        data=InstructData(source=str(root / "pairs.jsonl"), max_length=40, validation_fraction=0.2),
+        data=InstructData(source=str(root / "pairs.jsonl"), max_length=40, validation_fraction=0.2, new_tokens=8),
         optim=OptimConfig(peak_lr=2e-2),
         train=TrainConfig(max_steps=8, global_batch_size=8, metric="loss", log_every=4, eval_every=4),
     ).model_copy(update=changes)
-
-
-def test_targets_are_the_response_and_its_end_token_even_where_padding_is_the_end_token(root: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "model")
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == NUM_WORDS
-    tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
-    split = tokenize_pairs(["w10 w11", "w12"], ["w20", "w21 w22"], tokenizer)
-    batch = split.batch(np.array([0, 1]), NUM_WORDS)
-    end = NUM_WORDS
-    assert batch["input_ids"].tolist() == [[1, 10, 11, 2, 20], [1, 12, 2, 21, 22]]
-    none = IGNORED
-    assert batch["labels"].tolist() == [[none, none, none, 20, end], [none, none, 21, 22, end]]
-    padded = tokenize_pairs(["w10", "w10 w11 w12"], ["w20", "w20"], tokenizer).batch(np.array([0, 1]), NUM_WORDS)
-    assert padded["labels"].tolist()[0] == [none, none, 20, end, none, none]
-    assert padded["num_tokens"].tolist() == [4, 6]
-    empty = split.batch(np.array([], np.int64), NUM_WORDS)
-    assert empty["labels"].tolist() == [[none]]
-
-
-def test_pairs_that_are_too_long_are_left_out_whole_and_the_split_is_disjoint(root: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "model")
-    tokenizer.chat_template = "{{ messages[0]['content'] }} "
-    data = InstructData(source=str(root / "pairs.jsonl"), max_length=8, validation_fraction=0.25)
-    found = build_instruct(data, tokenizer)
-    assert found.num_left_out > 0
-    assert found.num_left_out + len(found.train) + len(found.validation) == 80
-    assert max(len(row) for row in [*found.train.rows, *found.validation.rows]) == 8
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"prompt": "w1 " * 50, "response": "w2"}, r"data.max_length .8. tokens, and one is needed"),
-        ({"prompt": "w1", "response": 3}, r"bad.jsonl:1: column response must hold text, not 3"),
-        ({"prompt": " ", "response": "w2"}, r"bad.jsonl:1: column prompt must hold text"),
-    ],
-)
-def test_pairs_that_cannot_be_learned_are_errors(
-    line: dict[str, object], message: str, root: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "bad.jsonl").write_text(json.dumps(line) + "\n")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "model")
-    with pytest.raises(DataError, match=message):
-        build_instruct(InstructData(source=str(tmp_path / "bad.jsonl"), max_length=8), tokenizer)
 
 
 def test_docstrings_are_taken_from_their_functions(tmp_path: Path) -> None:
@@ -118,3 +81,112 @@ def test_training_learns_responses_and_ranks_agree_with_one_process(
     evaluated = [line["eval/loss"] for line in lines if "eval/loss" in line]
     assert evaluated[-1] < evaluated[0]
     assert "[...]" in (tmp_path / "single" / "samples.txt").read_text()
+    last = lines[-1]
+    assert last["eval/generated"] == 16
+    assert 0 <= last["eval/stop_rate"] <= 1
+    assert (last["eval/rouge_l"] > 0) == (last["eval/exact_match"] > 0 or last["eval/rouge_l"] > 0)
+    _, tokenizer, info = load_exported(tmp_path / "single" / "model")
+    assert tokenizer.chat_template == CHAT
+    assert info["stop_token_ids"] == [NUM_WORDS]
+
+
+def losses_of(config: RunConfig, backend: str, ranks: int) -> list[float]:
+    facts = start(config, backend, ranks)
+    assert facts is not None
+    assert [each["error"] for each in facts] == [None] * ranks
+    return [sum(each["losses"][step] for each in facts) for step in range(len(facts[0]["losses"]))]
+
+
+def packing_config(root: Path, run: Path, packing: str, **train: object) -> RunConfig:
+    """One global batch holds the whole training set, so that packed and unpacked steps see the same samples."""
+    settings = {
+        "max_steps": 3,
+        "global_batch_size": 64,
+        "metric": "loss",
+        "log_every": 3,
+        "eval_every": 3,
+        "save_every": 3,
+    }
+    data = InstructData(
+        source=str(root / "pairs.jsonl"),
+        max_length=40,
+        validation_fraction=0.2,
+        packing=packing,
+        generate=4,
+        group_by_length=False,
+    )  # type: ignore[arg-type]
+    return run_config(root, run, data=data, train=TrainConfig(**(settings | train)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "micro"),
+    [("single", 1, None), ("single", 1, 3), ("fsdp", 2, None), ("zero2", 2, 2), ("ddp", 3, 1)],
+)
+def test_packed_rows_take_the_step_of_unpacked_ones(
+    backend: str, ranks: int, micro: int | None, root: Path, tmp_path: Path
+) -> None:
+    """Whatever the backend and however differently many targets the micro-batches hold."""
+    plain = losses_of(packing_config(root, tmp_path / "plain", "none"), "single", 1)
+    rows = packed_rows(root)
+    config = packing_config(root, tmp_path / "packed", "best_fit", global_batch_size=rows, micro_batch_size=micro)
+    assert losses_of(config, backend, ranks) == pytest.approx(plain, rel=1e-5)
+    assert max(plain) - min(plain) > 1e-3
+
+
+def packed_rows(root: Path) -> int:
+    """How many rows the training set is packed into."""
+    from trainer.data.instruct import build_instruct
+
+    data = packing_config(root, root, "best_fit").data
+    assert isinstance(data, InstructData)
+    return len(build_instruct(data, AutoTokenizer.from_pretrained(root / "model")).train)
+
+
+def test_a_packed_conversation_does_not_see_its_neighbour(root: Path) -> None:
+    """Bit for bit, on the attention in use."""
+    from trainer.data.instruct import build_instruct
+
+    data = packing_config(root, root, "best_fit").data
+    assert isinstance(data, InstructData)
+    split = build_instruct(data, AutoTokenizer.from_pretrained(root / "model")).train
+    row = next(number for number, members in enumerate(split.rows) if len(members) > 1)
+    batch = split.batch(np.array([row]), NUM_WORDS)
+    end = split.samples[split.rows[row][0]].num_inputs
+    changed = batch["input_ids"].clone()
+    changed[0, :end] = (changed[0, :end] + 1) % NUM_WORDS
+    model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
+    with torch.no_grad():
+        one, other = (
+            model(input_ids=ids, position_ids=batch["position_ids"], use_cache=False).logits
+            for ids in (batch["input_ids"], changed)
+        )
+    assert torch.equal(one[0, end:], other[0, end:])
+    assert not torch.equal(one[0, :end], other[0, :end])
+
+
+def test_generation_ends_at_the_stop_and_does_not_depend_on_its_company(root: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
+    prompts = [torch.tensor([1, 5, 2]), torch.tensor([1, 7, 8, 9, 2]), torch.tensor([3])]
+    together = generate(model, prompts, NUM_WORDS, [NUM_WORDS], 12)
+    for prompt, (ids, has_stopped) in zip(prompts, together, strict=True):
+        ((alone, stopped),) = generate(model, [prompt], NUM_WORDS, [NUM_WORDS], 12)
+        assert (alone.tolist(), stopped) == (ids.tolist(), has_stopped)
+    first = int(together[0][0][2])
+    ((cut, stopped),) = generate(model, prompts[:1], NUM_WORDS, [NUM_WORDS, first], 12)
+    assert stopped
+    assert first not in cut.tolist()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("the cat sat", "The cat sat.", 1.0),
+        ("the cat", "the cat sat down", 2 * 2 / 6),
+        ("sat the cat", "the cat sat", 2 * 2 / 6),
+        ("", "a", 0.0),
+        ("a", "b", 0.0),
+        ("police kill the gunman", "police killed the gunman", 0.75),
+    ],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(answer: str, reference: str, score: float) -> None:
+    assert rouge_l(answer, reference) == pytest.approx(score)

@@ -34,6 +34,8 @@ from trainer.run_folder import INFO_FILE
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
 WEIGHT = "weight/"
+TEMPLATE = "chat_template.jinja"
+"""transformers' name for it."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -63,6 +65,8 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
     tokenizer = (
         AutoTokenizer.from_pretrained(folder) if "tokenizer.json" in manifest.files else load_tokenizer(config.model)
     )
+    if TEMPLATE in manifest.files:
+        tokenizer.chat_template = (folder / TEMPLATE).read_text(encoding="utf-8")
     try:
         if config.method.name == "full":
             check_model(folder, config, shapes)

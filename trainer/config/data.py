@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from trainer.config.section import Fraction, MayChange, Section
@@ -98,27 +98,57 @@ class StreamData(Section):
         return self
 
 
+Gate = Literal[
+    "no_target", "no_stop", "two_bos", "prompt_learned", "straddle", "special_token", "padding", "truncated", "template"
+]
+"""What is looked for in the whole set before training (trainer/data/gate.py)."""
+
+
 class InstructData(Section):
-    """Pairs of a prompt and the response to learn, in the model's chat template."""
+    """Conversations, of which the answers are learned."""
 
     kind: Literal["instruct"] = "instruct"
     """The kind of data."""
     source: str = "asset:stdlib"
-    """A file of pairs (.csv .tsv .jsonl .parquet), or asset:stdlib: Python functions and their docstrings."""
+    """A file (.csv .tsv .jsonl .parquet), a hub dataset, or asset:stdlib: Python functions and their docstrings."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "pairs"] = "auto"
+    """How conversations are written down: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's instruction, input and output, or a
+    prompt and a response. `auto` goes by the columns that are there, and says what it found."""
     prompt: str = "prompt"
-    """Column of the prompt."""
+    """Column of the prompt, for pairs."""
     response: str = "response"
-    """Column of the response."""
+    """Column of the response, for pairs."""
+    template: str = "auto"
+    """alpaca, chatml, llama2, llama3, mistral, gemma, zephyr, phi, plain, or a YAML file (trainer/data/templates.py). `auto`: the model's
+    own, or alpaca where it has none."""
+    system: str | None = None
+    """System text of conversations without one. None: none, or what the template says."""
+    few_shot: NonNegativeInt = 0
+    """First conversations of the source that stand as examples before every other one; they are not learned."""
+    learn: Literal["answers", "last", "everything"] = "answers"
+    """Targets: every answer, the last answer, or all tokens, prompts included. The end of an answer is always one."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the pairs that is held out for validation."""
+    """Share of the conversations that is held out for validation."""
     validation_rows: Annotated[PositiveInt | None, MayChange] = 256
-    """Most pairs of an evaluation. None: all that are held out."""
+    """Most conversations of an evaluation. None: all that are held out."""
     split_seed: int = 0
     """Seed of the split; independent of `train.seed` so that seeds share one validation set."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens; longer pairs are left out and counted, since a cut response never learns to end."""
+    """Tokens; longer conversations are cut behind the last answer that fits, or left out, and counted."""
+    packing: Literal["none", "best_fit"] = "none"
+    """`best_fit` puts several conversations into a row of max_length tokens, where they do not see each other."""
     group_by_length: bool = True
-    """Put pairs of similar length into one global batch: less padding. Off: a plain shuffle."""
+    """Put rows of similar length into one global batch: less padding. Off: a plain shuffle."""
+    generate: Annotated[NonNegativeInt, MayChange] = 32
+    """Held-out prompts that the exported model answers at the end: how often it stops, and how near it comes. 0: none."""
+    new_tokens: Annotated[PositiveInt, MayChange] = 128
+    """Most tokens of such an answer."""
+    allow: tuple[Gate, ...] = ()
+    """Mistakes in the data that are said and not refused."""
 
 
 class LiveData(Section):

@@ -186,6 +186,12 @@ class RunConfig(Section):
         return self
 
     @property
+    def isolates_documents(self) -> bool:
+        """Whether rows hold documents that do not see each other."""
+        data = self.data
+        return data.packing == "best_fit" if isinstance(data, InstructData) else getattr(data, "isolate", False)
+
+    @property
     def folder(self) -> Path:
         """The run directory: `run_dir`, or runs/NAME."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name

@@ -1,67 +1,100 @@
-"""Instruction data: prompts and the responses to learn, as tokens of the model's own chat template.
+"""Instruction data: conversations as tokens, with what of them is learned, cut, split, and packed or batched.
 
-Place in the flow: trainer/task/instruct.py trains on it. Invariant: a target is a token of the response or the end token after it, known
-by its place and not by its value, since many tokenizers pad with the end token.
+Place in the flow: conversations.py reads, templates.py makes text, trainer/data/gate.py checks, trainer/task/instruct.py trains.
+Invariant: a target is known by its place in the conversation's structure and not by its value, since many tokenizers pad with the token
+that ends an answer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import InstructData
 from trainer.data.batches import IGNORED, permutation
-from trainer.data.docstrings import docstring_file
-from trainer.data.tables import read_file
+from trainer.data.conversations import Conversation, read_conversations
+from trainer.data.stream.packing import best_fit_rows
+from trainer.data.templates import Format, Rendered, load_format
 from trainer.errors import DataError
 
-PLAIN_PROMPT = "### Instruction:\n{prompt}\n\n### Response:\n"
-"""For a tokenizer without a chat template."""
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as tokens."""
+
+    ids: Ints
+    """(N,) of the whole conversation, the end of its last answer included."""
+    is_target: NDArray[np.bool_]
+    """(N,) whether it is learned to say this token, given those before it."""
+    answers: tuple[tuple[int, int], ...]
+    """First and last + 1 token of each answer with what ends it; few-shot examples are not among them."""
+    place: str
+    """Where it stands in the source."""
+    is_cut: bool = False
+    """Whether later turns were left out."""
+    straddles: bool = False
+    """Whether a token belongs to a prompt and to the answer behind it."""
+    begins_otherwise: bool = False
+    """Whether what is learned begins with something else than what the answer says."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the last answer: what the model is asked with."""
+        return self.answers[-1][0]
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that the model reads: all but the last."""
+        return len(self.ids) - 1
 
 
 @dataclass(frozen=True)
 class InstructSplit:
-    """Tokenized conversations of one prompt and one response."""
+    """Rows of samples: one each, or several that do not see each other."""
 
-    rows: list[np.ndarray]
-    """int64 tokens of prompt, response and end token."""
-    prompt_lengths: np.ndarray
-    """(N,) int64 tokens of each prompt."""
+    samples: list[Sample]
+    rows: list[list[int]]
+    """Which samples make up each row."""
+    is_packed: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """(N,) int64 tokens that the model reads of each row: all but the last."""
-        return np.array([len(row) - 1 for row in self.rows], np.int64)
+    def lengths(self) -> Ints:
+        """(R,) tokens that the model reads of each row."""
+        return np.array([sum(self.samples[index].num_inputs for index in row) for row in self.rows], np.int64)
 
-    def take(self, ids: np.ndarray) -> "InstructSplit":
-        """The rows at these positions."""
-        return InstructSplit([self.rows[index] for index in ids], self.prompt_lengths[ids])
+    def batch(self, ids: Ints, padding: int) -> dict[str, Tensor]:
+        """input_ids and labels (B, T) int64, T the longest row; labels are shifted, IGNORED where nothing is learned; num_tokens (B,).
 
-    def batch(self, ids: np.ndarray, padding: int) -> dict[str, Tensor]:
-        """input_ids and labels (B, T) int64, T the longest row; labels are shifted, IGNORED outside the response; num_tokens (B,).
-
-        Without ids: one row of one padding token without a target.
+        Of packed rows also position_ids, which start anew with each sample and in the padding. Without ids: one row of one padding token
+        without a target.
         """
-        rows = [self.rows[index] for index in ids]
-        longest = max((len(row) - 1 for row in rows), default=1)
-        inputs = np.full((max(len(rows), 1), longest), padding, np.int64)
-        labels = np.full_like(inputs, IGNORED)
-        for place, (row, prompt) in enumerate(zip(rows, self.prompt_lengths[ids], strict=True)):
-            inputs[place, : len(row) - 1] = row[:-1]
-            labels[place, prompt - 1 : len(row) - 1] = row[prompt:]
-        num_tokens = np.array([len(row) - 1 for row in rows], np.int64)
-        return {
-            name: torch.from_numpy(array)
-            for name, array in (("input_ids", inputs), ("labels", labels), ("num_tokens", num_tokens))
-        }
+        rows = [[self.samples[index] for index in self.rows[place]] for place in ids]
+        held = np.array([sum(sample.num_inputs for sample in row) for row in rows], np.int64)
+        shape = max(len(rows), 1), max(held.tolist(), default=1)
+        inputs, labels = np.full(shape, padding, np.int64), np.full(shape, IGNORED, np.int64)
+        positions = np.zeros(shape, np.int64)
+        for place, row in enumerate(rows):
+            start = 0
+            for sample in row:
+                end = start + sample.num_inputs
+                inputs[place, start:end] = sample.ids[:-1]
+                labels[place, start:end] = np.where(sample.is_target[1:], sample.ids[1:], IGNORED)
+                positions[place, start:end] = np.arange(end - start)
+                start = end
+        batch = {"input_ids": inputs, "labels": labels, "num_tokens": held}
+        if self.is_packed:
+            batch["position_ids"] = positions
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -70,70 +103,115 @@ class InstructSet:
 
     train: InstructSplit
     validation: InstructSplit
+    conversations: list[Conversation]
+    """All that were read, in the order of the source."""
+    format: Format
+    source_format: str
     num_left_out: int
-    """Pairs of more than max_length tokens."""
-
-
-def read_pairs(data: InstructData) -> tuple[Sequence[str], Sequence[str]]:
-    """(prompts, responses) of the source. DataError for a row without text."""
-    names = {"data.prompt": data.prompt, "data.response": data.response}
-    if data.source == "asset:stdlib":
-        table = read_file(docstring_file(), names, kind="asset")
-    else:
-        table = read_file(Path(data.source).expanduser(), names)
-    columns = [table.columns[name] for name in (data.prompt, data.response)]
-    for setting, column in zip(("prompt", "response"), columns, strict=True):
-        for line, value in zip(table.lines, column, strict=True):
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(
-                    f"{table.place(line)}: column {getattr(data, setting)} must hold text, not {value!r:.60}; correct it"
-                )
-    if table.malformed:
-        first = table.malformed[0]
-        raise DataError(f"{table.place(first.line)}: {first.reason}; correct it")
-    return cast(Sequence[str], columns[0]), cast(Sequence[str], columns[1])
+    """Conversations whose first answer ends behind max_length tokens."""
+    num_cut: int
+    """Conversations that lost later turns."""
 
 
 def build_instruct(data: InstructData, tokenizer: PreTrainedTokenizerBase) -> InstructSet:
-    """Read, tokenize, leave out what is too long, and hold out the validation rows. DataError where nothing is left."""
-    prompts, responses = read_pairs(data)
-    whole = tokenize_pairs(prompts, responses, tokenizer)
-    fits = np.flatnonzero(whole.lengths < data.max_length)
-    num_validation = min(max(round(len(fits) * data.validation_fraction), 1), data.validation_rows or len(fits))
-    if len(fits) < num_validation + 1:
+    """Read, tokenize, cut, and hold out the validation rows. DataError where nothing is left."""
+    source_format, conversations = read_conversations(data)
+    found = load_format(data.template, tokenizer)
+    shots, rest = conversations[: data.few_shot], conversations[data.few_shot :]
+    encoded = encode(with_shots(rest, shots), found, tokenizer, data)
+    samples = [sample for sample in encoded if sample is not None]
+    num_validation = max(round(len(samples) * data.validation_fraction), 1)
+    if len(samples) < num_validation + 1:
         raise DataError(
-            f"data.source ({data.source}): {len(fits)} of {len(whole):,} pairs have at most data.max_length ({data.max_length}) tokens, "
-            "and one is needed for training and one for validation; raise it, or give more pairs"
+            f"data.source ({data.source}): {len(samples)} of {len(rest):,} conversations have an answer within data.max_length "
+            f"({data.max_length}) tokens, and one is needed for training and one for validation; raise it, or give more"
         )
-    order = fits[permutation(len(fits), data.split_seed)]
-    held_out = round(len(fits) * data.validation_fraction) or 1
+    order = permutation(len(samples), data.split_seed)
+    train = [samples[index] for index in np.sort(order[num_validation:])]
+    held_out = [samples[index] for index in order[: min(num_validation, data.validation_rows or num_validation)]]
     return InstructSet(
-        train=whole.take(np.sort(order[held_out:])),
-        validation=whole.take(np.sort(order[:num_validation])),
-        num_left_out=len(whole) - len(fits),
+        train=packed(train, data.max_length) if data.packing == "best_fit" else one_a_row(train),
+        validation=one_a_row(held_out),
+        conversations=conversations,
+        format=found,
+        source_format=source_format,
+        num_left_out=len(rest) - len(samples),
+        num_cut=sum(sample.is_cut for sample in samples),
     )
 
 
-def tokenize_pairs(
-    prompts: Sequence[str], responses: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> InstructSplit:
-    """Each prompt in the template, its response and the end token behind it."""
-    end = tokenizer.eos_token_id
-    assert end is not None, "load_tokenizer gives every tokenizer an end token"
-    heads = encode(tokenizer, [in_template(tokenizer, prompt) for prompt in prompts])
-    tails = encode(tokenizer, list(responses))
-    rows = [np.array([*head, *tail, end], np.int64) for head, tail in zip(heads, tails, strict=True)]
-    return InstructSplit(rows, np.array([len(head) for head in heads], np.int64))
+def with_shots(conversations: Sequence[Conversation], shots: Sequence[Conversation]) -> list[tuple[Conversation, int]]:
+    """Each conversation behind the examples, and how many turns of it are examples; a system turn stays first."""
+    before = [turn for shot in shots for turn in shot.turns if turn.role != "system"]
+    found = []
+    for conversation in conversations:
+        num_system = int(conversation.turns[0].role == "system")
+        turns = (*conversation.turns[:num_system], *before, *conversation.turns[num_system:])
+        found.append((Conversation(turns, conversation.place), num_system + len(before) if before else 0))
+    return found
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of each text, without special tokens of the tokenizer's own."""
-    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
+def one_a_row(samples: list[Sample]) -> InstructSplit:
+    """A row for each sample."""
+    return InstructSplit(samples, [[index] for index in range(len(samples))])
 
 
-def in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text before the response, in the model's own chat template where it has one."""
-    if tokenizer.chat_template is None:
-        return PLAIN_PROMPT.format(prompt=prompt)
-    turns = [{"role": "user", "content": prompt}]
-    return cast(str, cast(Any, tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+def packed(samples: list[Sample], length: int) -> InstructSplit:
+    """Best-fit rows of at most `length` tokens; no sample is cut for it."""
+    rows = best_fit_rows(np.array([sample.num_inputs for sample in samples], np.int64), length)
+    order = np.argsort(rows, kind="stable")
+    edges = np.flatnonzero(np.diff(rows[order])) + 1
+    return InstructSplit(samples, [group.tolist() for group in np.split(order, edges)], is_packed=True)
+
+
+def encode(
+    conversations: Sequence[tuple[Conversation, int]],
+    found: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    data: InstructData,
+) -> list[Sample | None]:
+    """Tokens and targets of each conversation, whose first turns are examples; None for one whose first answer does not fit."""
+    rendered: list[Rendered] = []
+    for conversation, _ in conversations:
+        try:
+            rendered.append(found.render(conversation.turns))
+        except DataError as error:
+            raise DataError(f"{conversation.place}: {error}") from None
+    tokens = cast(Any, tokenizer)(
+        [text.text for text in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    rows = zip(tokens["input_ids"], tokens["offset_mapping"], rendered, conversations, strict=True)
+    return [
+        sample_of(np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2), text, *conversation, data)
+        for ids, offsets, text, conversation in rows
+    ]
+
+
+def sample_of(
+    ids: Ints, offsets: Ints, text: Rendered, conversation: Conversation, num_examples: int, data: InstructData
+) -> Sample | None:
+    """A conversation cut behind the last answer that fits. ids: (N,); offsets: (N, 2) characters of each token."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    said = [turn.content.strip() for turn in conversation.turns if turn.role == "assistant"]
+    num_shown = sum(turn.role == "assistant" for turn in conversation.turns[:num_examples])
+    places = list(zip(text.answers, said, strict=True))[num_shown:]
+    # A tokenizer that trims white space off its offsets gives a line break no width: it belongs to what it lies in, not to what it touches.
+    spans = [np.flatnonzero((ends > first) & (starts < last)) for (first, last), _ in places]
+    fitting = [(int(span[0]), int(span[-1]) + 1) for span in spans if len(span) and span[-1] < data.max_length]
+    if not fitting:
+        return None
+    length = fitting[-1][1]
+    is_target = np.zeros(length, bool)
+    for first, last in fitting[-1:] if data.learn == "last" else fitting:
+        is_target[first:last] = True
+    if data.learn == "everything":
+        is_target[1:] = True
+    return Sample(
+        ids=ids[:length],
+        is_target=is_target,
+        answers=tuple(fitting),
+        place=conversation.place,
+        is_cut=len(fitting) < len(spans),
+        straddles=any(bool(((starts < first) & (ends > first)).any()) for (first, _), _ in places),
+        begins_otherwise=any(not text.text[first:last].strip().startswith(answer) for (first, last), answer in places),
+    )

@@ -65,12 +65,17 @@ def _read_asset(source: str, columns: Mapping[str, str]) -> Table:
 
 
 def _read_path(source: str, setting: str, columns: Mapping[str, str]) -> Table:
+    return read_file(check_path(source, setting), columns)
+
+
+def check_path(source: str, setting: str) -> Path:
+    """The path that a setting names. DataError where nothing is there."""
     path = Path(source).expanduser()
     if not os.path.exists(path):
         raise DataError(
             f"{setting} ({source}): there is no such file{_near(path)}; give a file that exists, or a hub id"
         )
-    return read_file(path, columns)
+    return path
 
 
 def _near(path: Path) -> str:
@@ -86,8 +91,11 @@ def _near(path: Path) -> str:
 
 def _read_hub(data: ClassificationData, setting: str, split: str, columns: Mapping[str, str]) -> Table:
     """A split of a hub dataset, downloaded or from the hub's own cache."""
-    dataset = _load_hub(data, setting, split)
-    name = f"{data.source}[{split}]"
+    return hub_table(load_hub(data.source, data.subset, split, setting), f"{data.source}[{split}]", columns)
+
+
+def hub_table(dataset: "Dataset", name: str, columns: Mapping[str, str]) -> Table:
+    """Columns of a loaded dataset."""
     check_columns(name, dataset.column_names, columns)
     wanted = dataset.select_columns(list(dict.fromkeys(columns.values())))
     class_names = {
@@ -96,18 +104,19 @@ def _read_hub(data: ClassificationData, setting: str, split: str, columns: Mappi
     return Table(name, "hub dataset", wanted[:], range(1, len(wanted) + 1), has_lines=False, class_names=class_names)
 
 
-def _load_hub(data: ClassificationData, setting: str, split: str) -> "Dataset":
+def load_hub(source: str, subset: str | None, split: str, setting: str) -> "Dataset":
+    """A split of a hub dataset. DataError says what was tried; setting: where its name stands."""
     from datasets import load_dataset  # a second or two that files do not pay
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(data.source, data.subset, split=split)
+        return load_dataset(source, subset, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(" .")
         raise DataError(
-            f"{setting} ({data.source if setting == 'data.source' else split}): there is no such file"
-            f"{_near(Path(data.source)) if setting == 'data.source' else ''}, and split {split} of the hub dataset "
-            f"{data.source}{f', subset {data.subset},' if data.subset else ''} cannot be loaded ({reason}); check the "
+            f"{setting} ({source if setting == 'data.source' else split}): there is no such file"
+            f"{_near(Path(source)) if setting == 'data.source' else ''}, and split {split} of the hub dataset "
+            f"{source}{f', subset {subset},' if subset else ''} cannot be loaded ({reason}); check the "
             "names, the network and HF_HUB_OFFLINE, or give a local .csv .tsv .jsonl or .parquet file as "
             f"{setting}=PATH"
         ) from None

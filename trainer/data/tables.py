@@ -73,6 +73,28 @@ def read_file(path: Path, columns: Mapping[str, str], *, kind: str = "file") -> 
     return table
 
 
+def columns_of(path: Path) -> list[str]:
+    """Names of a file's columns, in their order. DataError as `read_file`."""
+    if path.suffix.lower() not in READERS or path.is_dir():
+        raise DataError(_not_a_table(path))
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import ArrowException, parquet
+
+            try:
+                return list(parquet.read_schema(path).names)
+            except ArrowException as error:
+                raise DataError(_bad_parquet(path, error)) from None
+        if path.suffix.lower() == ".jsonl":
+            records = [_parse_object(text) for text in _read_text(path).split("\n") if text.strip()]
+            return list({key: None for record in records if isinstance(record, dict) for key in record})
+        return _parse_records(path, csv.excel_tab if path.suffix.lower() == ".tsv" else csv.excel)[0][0]
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
+        ) from None
+
+
 def check_columns(name: str, present: Sequence[str], columns: Mapping[str, str], hint: str = "") -> None:
     """DataError for every column asked for that `present` lacks, with the nearest name, and for one that is there twice.
 
@@ -201,11 +223,13 @@ def _read_parquet(path: Path, columns: Mapping[str, str], kind: str) -> Table:
         table = file.read(columns=list(dict.fromkeys(columns.values())))
         values = {name: table.column(name).to_pylist() for name in table.column_names}
     except ArrowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise DataError(
-            f"{path} is no Parquet file that can be read ({reason}); check that it was copied whole"
-        ) from None
+        raise DataError(_bad_parquet(path, error)) from None
     return Table(str(path), kind, values, range(1, table.num_rows + 1), has_lines=False)
+
+
+def _bad_parquet(path: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0][:200]
+    return f"{path} is no Parquet file that can be read ({reason}); check that it was copied whole"
 
 
 def _read_text(path: Path) -> str:

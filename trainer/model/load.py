@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.backend.request import read_request
-from trainer.config import LiveData, MethodConfig, ModelConfig, QloraConfig, RunConfig, StreamData
+from trainer.config import MethodConfig, ModelConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.architecture import (
     AUTO_MODELS,
@@ -58,7 +58,7 @@ def build_model(
         use_fast_attention(plain)
     if config.model.gradient_checkpointing:
         enable_checkpointing(plain)
-    if isinstance(config.data, StreamData | LiveData) and config.data.isolate:
+    if config.isolates_documents:
         check_isolation(plain)
     model = apply_method(
         plain, config.method, new_modules=new_encoder_modules(plain, new_names), task=config.model.task

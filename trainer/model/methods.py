@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from trainer.backend.request import REPLACES_PARAMETERS
 from trainer.backend.wrap import repeated_blocks
-from trainer.config import AdapterConfig, LiveData, LowRank, MethodConfig, QloraConfig, RunConfig, StreamData
+from trainer.config import AdapterConfig, LowRank, MethodConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.architecture import load_architecture, meta_model
 from trainer.model.bottleneck import bottleneck_targets, insert_bottlenecks
@@ -135,10 +135,11 @@ def check_method(config: RunConfig, backend: str | None = None) -> None:
 def check_virtual_tokens(config: RunConfig) -> None:
     """Virtual tokens stand before a whole row, so documents that are packed into one row cannot have their own."""
     name = config.method.name
-    if isinstance(config.data, StreamData | LiveData) and config.data.isolate:
+    if config.isolates_documents:
+        fix = "data.packing=none" if config.data.kind == "instruct" else "data.isolate=false"
         raise ConfigError(
-            f"method.name ({name}) puts virtual tokens before a row, but data.isolate hides them from all but its first document; "
-            "use method.name=lora, or set data.isolate=false"
+            f"method.name ({name}) puts virtual tokens before a row, which documents packed into it and isolated do not see, but for the "
+            f"first; use method.name=lora, or set {fix}"
         )
     if name == "prefix" and config.model.gradient_checkpointing:
         raise ConfigError(

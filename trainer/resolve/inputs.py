@@ -28,10 +28,10 @@ def _check_data(config: RunConfig) -> None:
 
         open_streams(config)
     elif isinstance(config.data, InstructData):
-        from trainer.data.instruct import read_pairs
+        from trainer.data.conversations import read_conversations
 
         if not config.data.source.startswith("asset:"):
-            read_pairs(config.data)
+            read_conversations(config.data)
     else:
         from trainer.data.stream.live import open_dataset
 

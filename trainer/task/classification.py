@@ -119,6 +119,9 @@ class ClassificationTask:
         assert self.data.test is not None, "there is no test split"
         return self.data.test
 
+    def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
+        return {}
+
     def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
         matrix = confusion(evaluation.details["logits"], evaluation.details["labels"], len(self.label_names))
         plot_confusion(matrix, self.label_names, folder / "confusion.png")

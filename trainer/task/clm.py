@@ -115,6 +115,9 @@ class LanguageTask(ABC):
         loss, targets, num_bytes = engine.sum_array_over_ranks(sums).sum(dim=0).tolist()
         return Evaluation(language_metrics(loss, targets, num_bytes))
 
+    def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
+        return {}
+
     def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
         starts = self.validation_batch(np.arange(min(PROMPTS, self.num_validation_rows)))
         with torch.random.fork_rng():

@@ -92,6 +92,9 @@ class Task(Protocol):
     def evaluate(self, forward: Forward, engine: Engine, split: SplitName) -> Evaluation:
         """A whole split, each example counted once whatever the number of ranks. Collective; no gradients."""
 
+    def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
+        """What the exported model, whole on every rank, generates for held-out prompts; nothing where it is not asked. Collective."""
+
     def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
         """Rank 0: pictures or samples beside the metrics, from the exported model and its evaluation."""
 
