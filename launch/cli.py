@@ -139,8 +139,10 @@ def predict(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="File with one sentence a line; - is standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer each sentence, with a run on conversations.")] = False,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
 ) -> None:
-    """Print label and confidence of each sentence, in batches.
+    """Print label and confidence of each sentence, or with --chat the answer to it, in batches.
 
     Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
     """
@@ -152,6 +154,12 @@ def predict(
         raise typer.Exit(predict_adapters_command(_words(adapters), given, file=file, as_json=as_json))
     if run_folder is None:
         raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
+    if chat:
+        from launch.predict_chat import predict_chat_command
+
+        raise typer.Exit(
+            predict_chat_command(Path(run_folder), given, file=file, as_json=as_json, new_tokens=new_tokens)
+        )
     raise typer.Exit(predict_command(Path(run_folder), given, file=file, as_json=as_json))
 
 

@@ -51,8 +51,8 @@ class Cluster(BaseModel):
     """Nodes set aside."""
     memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = None
     """Of each node, such as 64G."""
-    cpus_per_task: Annotated[int, Field(ge=1)] | None = None
-    """Cores of each rank."""
+    cpus_per_rank: Annotated[int, Field(ge=1)] = 1
+    """Cores of each rank, at least."""
     modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/+-]*$")], ...] = ()
     """For `module load`, in order."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
@@ -134,7 +134,7 @@ def directives(asked: Submission) -> dict[str, str]:
     options: dict[str, Any] = {
         "job-name": asked.name,
         "nodes": asked.nodes,
-        "ntasks-per-node": asked.gpus_per_node or asked.ranks_per_node,
+        "mincpus": (asked.gpus_per_node or asked.ranks_per_node) * cluster.cpus_per_rank,
         "gpus-per-node": asked.gpus_per_node or None,
         "time": asked.time_limit,
         "signal": f"B:USR1@{lead_s(asked.time_limit)}",
@@ -146,7 +146,6 @@ def directives(asked: Submission) -> dict[str, str]:
         "constraint": cluster.constraint,
         "reservation": cluster.reservation,
         "mem": cluster.memory,
-        "cpus-per-task": cluster.cpus_per_task,
     }
     return {name: str(value) for name, value in options.items() if value is not None}
 
@@ -183,6 +182,8 @@ def settings(asked: Submission) -> Iterator[str]:
     if asked.backend:
         yield f"SAMESTEP_BACKEND={asked.backend}"
     yield f"SAMESTEP_PRECISION={asked.precision}"
+    if not asked.gpus_per_node:
+        yield f"SAMESTEP_RANKS_PER_NODE={asked.ranks_per_node}"
     yield f"SAMESTEP_MAX_RESTARTS={asked.max_restarts}"
     yield f"set -- {shlex.join([str(asked.recipe), *asked.overrides, *(w for path in asked.configs for w in ('--config', str(path)))])}"
     if asked.variants:

@@ -22,12 +22,16 @@ from trainer.errors import ConfigError, SamestepError
 from trainer.quiet import chatter
 from trainer.run_folder import JOBS, is_run
 from trainer.screen import Screen, eta_s, progress_words
+from trainer.stop import STOP_FILE
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOG_FILES = {"log.txt", "tensorboard"}
 """What a run leaves that stopped before its first metrics."""
+
+STAYS = (JOBS, STOP_FILE)
+"""What is of the start at hand, and not of the run before it."""
 
 ETA_WINDOW = 20
 """Progress calls over which the speed for the remaining time is measured; evaluations in between count."""
@@ -223,8 +227,8 @@ def _reported(folder: Path, name: str) -> Iterator[None]:
 
 
 def _move_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds a run, but for what its jobs left; None where there is nothing to keep."""
-    names = {path.name for path in folder.iterdir()} - {JOBS} if folder.exists() else set()
+    """Rename a folder that holds a run; None where there is nothing to keep. What its jobs left, and a request to stop, stay."""
+    names = {path.name for path in folder.iterdir()} - set(STAYS) if folder.exists() else set()
     if not names:
         return None
     if not is_run(folder) and not names <= LOG_FILES:
@@ -236,9 +240,10 @@ def _move_aside(folder: Path) -> Path | None:
     while (free := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     moved = folder.rename(free)
-    if (moved / JOBS).exists():
-        folder.mkdir()
-        (moved / JOBS).rename(folder / JOBS)
+    folder.mkdir()
+    for name in STAYS:
+        if (moved / name).exists():
+            (moved / name).rename(folder / name)
     return moved
 
 

@@ -23,16 +23,19 @@ INFO_FILE = "samestep.json"
 
 NEEDED = {"classification": ("base", "label_names", "max_length")}
 """What prediction needs to know, by task."""
-USE = {"clm": "open it with transformers' AutoModelForCausalLM.from_pretrained"}
+USE = {
+    "classification": "leave out --chat",
+    "clm": "ask it with samestep predict RUN --chat, or open it with transformers' AutoModelForCausalLM.from_pretrained",
+}
 """How an exported model of another task is used."""
 
 
-def find_exported(path: Path) -> Path:
-    """The folder of an exported model: `path` itself or the model folder in it. CheckpointError says what lacks."""
+def find_exported(path: Path, task: str = "classification") -> Path:
+    """The folder of an exported model of a task: `path` itself or the model folder in it. CheckpointError says what lacks."""
     if (path / INFO_FILE).is_file():
-        return _checked(path)
+        return _checked(path, task)
     if (path / MODEL_FOLDER / INFO_FILE).is_file():
-        return _checked(path / MODEL_FOLDER)
+        return _checked(path / MODEL_FOLDER, task)
     raise CheckpointError(_why_nothing_was_found(path))
 
 
@@ -41,7 +44,7 @@ def is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in RUN_FILES)
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, wanted: str) -> Path:
     """The folder, once its samestep.json says what prediction needs."""
     file = folder / INFO_FILE
     try:
@@ -52,10 +55,8 @@ def _checked(folder: Path) -> Path:
         raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; take the model folder from its run again")
-    if task != "classification":
-        raise CheckpointError(
-            f"{folder} holds a model of task {task}, and predict is for classification; {USE.get(task, 'open it with transformers')}"
-        )
+    if task != wanted:
+        raise CheckpointError(f"{folder} holds a model of task {task}, and this is for {wanted}; {USE[task]}")
     return folder
 
 

@@ -19,7 +19,7 @@ from trainer.checkpoint.store import CHECKPOINTS, step_name
 from trainer.errors import ConfigError
 from trainer.log import start_run_folder
 from trainer.run_folder import JOBS
-from trainer.stop import SPARE_S, Deadline
+from trainer.stop import SPARE_S, STOP_FILE, Deadline
 
 START = JobStart(job="7", number=0, step=0, nodes=2, began=0.0, checkpoint_bytes=0.0, log="x.log")
 
@@ -88,12 +88,18 @@ def test_what_jobs_left_stays_where_an_earlier_run_is_moved_aside(tmp_path: Path
     note_start(run, 0.0, {})
     assert start_run_folder(run / "other") is None
     (run / "config.yaml").touch()
+    (run / STOP_FILE).touch()  # asked for before the run began
     moved = start_run_folder(run)
     assert moved is not None
     assert not (moved / JOBS).exists()
+    assert (run / STOP_FILE).exists()
     assert (moved / "config.yaml").exists()
     assert len(read_starts(run)) == 1
     assert start_run_folder(tmp_path / "run") == tmp_path / "run.2"  # it holds a log by now
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / STOP_FILE).touch()
+    assert start_run_folder(tmp_path / "new") is None
+    assert (tmp_path / "new" / STOP_FILE).exists()
 
 
 NODE = Node(number=0, name="n1", versions={"torch": "2.13"}, num_gpus=8, free_bytes=10**9)
