@@ -16,7 +16,8 @@ from trainer.data.batches import IGNORED
 from trainer.data.conversations import Turn, read_conversations
 from trainer.data.gate import check, findings_of
 from trainer.data.instruct import InstructSet, InstructSplit, Sample, build_instruct
-from trainer.data.templates import TEMPLATES, Structured
+from trainer.data.rendering import Structured
+from trainer.data.templates import TEMPLATES
 from trainer.errors import DataError
 
 PAIR = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
@@ -279,7 +280,7 @@ def test_a_token_across_the_border_is_found(good: tuple[InstructSet, InstructDat
     offsets = np.array([[0, 2], [2, 5], [5, 6]])
     from trainer.data.conversations import Conversation
     from trainer.data.instruct import sample_of
-    from trainer.data.templates import Rendered
+    from trainer.data.rendering import Rendered
 
     turns = Conversation((Turn("user", "ab"), Turn("assistant", "de")), "here")
     across = sample_of(np.arange(3), offsets, Rendered("ab de|", ((3, 6),)), turns, 0, settings)

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainer.data.assets import asset_path
 from trainer.data.conversations import Turn
-from trainer.data.templates import TEMPLATES, Own, Structured, load_format
+from trainer.data.rendering import Own, Structured, load_format
+from trainer.data.templates import TEMPLATES
 from trainer.errors import ConfigError, DataError
 
 BOS, EOS = "<s>", "</s>"

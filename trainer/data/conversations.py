@@ -1,6 +1,6 @@
 """Conversations of a source, whatever format it is in: pairs, Alpaca, ShareGPT or OpenAI's messages. Text only; no tokens.
 
-First stop of instruction data: trainer/data/templates.py makes text of them. Invariant: a conversation holds at least one answer, roles
+First stop of instruction data: trainer/data/rendering.py makes text of them. Invariant: a conversation holds at least one answer, roles
 in an order that a chat can have, and no empty answer; anything else is an error that names file and line.
 """
 

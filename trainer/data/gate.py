@@ -13,7 +13,7 @@ from trainer.config import InstructData
 from trainer.data.batches import IGNORED
 from trainer.data.conversations import Turn
 from trainer.data.instruct import InstructSet, InstructSplit, Sample
-from trainer.data.templates import Own, special_texts
+from trainer.data.rendering import Own, special_texts
 from trainer.errors import DataError
 
 MOST_LOST = 0.5

@@ -1,6 +1,6 @@
 """Instruction data: conversations as tokens, with what of them is learned, cut, split, and packed or batched.
 
-Place in the flow: conversations.py reads, templates.py makes text, trainer/data/gate.py checks, trainer/task/instruct.py trains.
+Place in the flow: conversations.py reads, rendering.py makes text, trainer/data/gate.py checks, trainer/task/instruct.py trains.
 Invariant: a target is known by its place in the conversation's structure and not by its value, since many tokenizers pad with the token
 that ends an answer.
 """
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import InstructData
 from trainer.data.batches import IGNORED, permutation
 from trainer.data.conversations import Conversation, read_conversations
+from trainer.data.rendering import Format, Rendered, load_format
 from trainer.data.stream.packing import best_fit_rows
-from trainer.data.templates import Format, Rendered, load_format
 from trainer.errors import DataError
 
 Ints = NDArray[np.int64]

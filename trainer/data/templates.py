@@ -1,21 +1,16 @@
-"""Chat templates as data: what stands around each turn, and what of it is learned. Text in, text and spans out; no tokens.
+"""Chat templates as data: what stands around each turn, and what of it is learned. A built-in one or a user's YAML is a row of strings.
 
-A built-in template, or a user's own in YAML, is a row of strings; the tokenizer's own chat template is rendered by transformers in its
-sandbox. Invariant: targets come from the structure, never from searching the text.
+trainer/data/rendering.py makes text of them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import yaml
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import PreTrainedTokenizerBase
 
-from trainer.data.conversations import Turn
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError
 
 
 class Template(BaseModel):
@@ -121,283 +116,23 @@ TEMPLATES: dict[str, Template] = {
 cards; Mistral-7B-Instruct-v0.2, gemma-2-it (system text as in gemma-3), zephyr-7b-beta and Phi-3 tokenizer configurations."""
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text."""
-
-    text: str
-    answers: tuple[tuple[int, int], ...]
-    """First and last + 1 character of each answer with what ends it, in the order of assistant turns."""
+MARKS = re.compile(r"\{(content|system|input)\}")
 
 
-class Format(Protocol):
-    """How conversations become text."""
-
-    name: str
-
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        """The whole conversation. DataError for turns that it cannot say."""
-
-    def prompt(self, turns: Sequence[Turn]) -> str:
-        """The conversation up to where the next answer begins."""
-
-    def jinja(self) -> str:
-        """The same for `apply_chat_template`; saved with the model."""
+def parts_of(piece: str) -> list[tuple[str, bool]]:
+    """Its literals, and the names in braces between them, which are marked by True."""
+    return [(part, number % 2 == 1) for number, part in enumerate(MARKS.split(piece)) if part]
 
 
-class Structured:
-    """A Template with the tokens of one tokenizer."""
-
-    def __init__(self, name: str, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
-        """ConfigError where the tokenizer lacks one of its tokens."""
-        self.name = name
-        self.template = Template(**{key: _named(value, tokenizer) for key, value in template.model_dump().items()})
-        vocabulary = tokenizer.get_vocab()
-        lacking = [token for token in self.template.tokens if token not in vocabulary]
-        if "{eos}" in template.answer and tokenizer.eos_token is None:
-            lacking.append("an end-of-text token")
-        if lacking:
-            raise ConfigError(
-                f"data.template ({name}): the model's tokenizer has no {', '.join(lacking)} as one token, so the model never learned "
-                "what it means; use data.template=auto or alpaca, or a model made for this template"
-            )
-
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        parts, answers, length = [self.template.begin], [], len(self.template.begin)
-        for number, turn in enumerate(turns):
-            if turn.role == "assistant":
-                before, answer = self.template.reply, _filled(self.template.answer, content=self.content(turn))
-                answers.append((length + len(before), length + len(before) + len(answer)))
-                piece = before + answer + self.template.after
-            else:
-                piece = self.piece(turns, number)
-            parts.append(piece)
-            length += len(piece)
-        return Rendered("".join(parts), tuple(answers))
-
-    def prompt(self, turns: Sequence[Turn]) -> str:
-        return self.render(turns).text + self.template.reply
-
-    def piece(self, turns: Sequence[Turn], number: int) -> str:
-        """What a turn that is no answer becomes, with the system text it may carry."""
-        template, turn = self.template, turns[number]
-        if turn.role == "system":
-            return "" if template.system is None else _filled(template.system, content=self.content(turn))
-        if turn.role == "tool":
-            if template.tool is None:
-                raise DataError(f"template {self.name} has no tool turns; use another, or leave such conversations out")
-            return _filled(template.tool, content=self.content(turn))
-        return self.user_piece(turns, number)
-
-    def user_piece(self, turns: Sequence[Turn], number: int) -> str:
-        """A user turn; the first one says the default system text, or carries a system text that has no turn of its own."""
-        template, turn, content = self.template, turns[number], self.content(turns[number])
-        has_system = number > 0 and turns[0].role == "system"
-        is_first = number == (1 if has_system else 0)
-        default = template.default_system_with_input if turn.input else template.default_system
-        before = ""
-        if is_first and not has_system and default is not None and template.system is not None:
-            before = _filled(template.system, content=default)
-        if turn.input and template.user_with_input is not None:
-            return before + _filled(template.user_with_input, content=content, input=turn.input)
-        content = f"{content}\n\n{turn.input}" if turn.input else content
-        if is_first and has_system and template.system is None:
-            if template.first_user is None:
-                raise DataError(
-                    f"template {self.name} has no place for a system text; use another, or data.system=none"
-                )
-            return _filled(template.first_user, content=content, system=self.content(turns[0]))
-        return before + _filled(template.user, content=content)
-
-    def content(self, turn: Turn) -> str:
-        """A turn's text."""
-        return turn.content.strip() if self.template.strip else turn.content
-
-    def jinja(self) -> str:
-        template = self.template
-        content = "message['content'] | trim" if template.strip else "message['content']"
-        system = _expression(template.system, content) if template.system is not None else None
-        lines = [
-            f"{{{{- {_quoted(template.begin)} }}}}" if template.begin else "",
-            *_jinja_defaults(template, system),
-            "{%- for message in messages %}",
-            "{%- if message['role'] == 'system' %}",
-            f"{{{{- {system} }}}}" if system else "",
-            "{%- elif message['role'] == 'user' %}",
-            *_jinja_user(template, content),
-            *(
-                ["{%- elif message['role'] == 'tool' %}", f"{{{{- {_expression(template.tool, content)} }}}}"]
-                if template.tool
-                else []
-            ),
-            "{%- elif message['role'] == 'assistant' %}",
-            f"{{{{- {_quoted(template.reply)} }}}}" if template.reply else "",
-            f"{{%- generation %}}{{{{- {_expression(template.answer, content)} }}}}{{%- endgeneration %}}",
-            f"{{{{- {_quoted(template.after)} }}}}" if template.after else "",
-            "{%- else %}",
-            "{{- raise_exception('a turn must be of system, user, assistant or tool, not ' + message['role']) }}",
-            "{%- endif %}",
-            "{%- endfor %}",
-            f"{{%- if add_generation_prompt %}}{{{{- {_quoted(template.reply)} }}}}{{%- endif %}}"
-            if template.reply
-            else "",
-        ]
-        return "\n".join(filter(None, lines))
-
-
-def _jinja_defaults(template: Template, system: str | None) -> list[str]:
-    """The default system text, before the first turn."""
-    if template.default_system is None or template.system is None:
-        return []
-    plain = _quoted(_filled(template.system, content=template.default_system))
-    lines = ["{%- if messages and messages[0]['role'] == 'user' %}"]
-    if template.default_system_with_input is not None:
-        with_input = _quoted(_filled(template.system, content=template.default_system_with_input))
-        lines += [f"{{{{- {with_input} if messages[0]['input'] else {plain} }}}}"]
-    else:
-        lines += [f"{{{{- {plain} }}}}"]
-    return [*lines, "{%- endif %}"]
-
-
-def _jinja_user(template: Template, content: str) -> list[str]:
-    """A user turn, with the system text or the input that it carries."""
-    joined = f"(({content}) + ('\\n\\n' + message['input'] if message['input'] else ''))"
-    lines = [f"{{{{- {_expression(template.user, joined)} }}}}"]
-    if template.user_with_input is not None:
-        with_input = _expression(template.user_with_input, content, input="message['input']")
-        lines = ["{%- if message['input'] %}", f"{{{{- {with_input} }}}}", "{%- else %}", *lines, "{%- endif %}"]
-    if template.first_user is not None:
-        system = "messages[0]['content'] | trim" if template.strip else "messages[0]['content']"
-        first = _expression(template.first_user, joined, system=f"({system})")
-        test = "{%- if loop.index0 == 1 and messages[0]['role'] == 'system' %}"
-        lines = [test, f"{{{{- {first} }}}}", "{%- else %}", *lines, "{%- endif %}"]
-    return lines
-
-
-def _expression(piece: str, content: str, **more: str) -> str:
-    """A Jinja expression for a piece: its literals, with expressions in place of {content} and the like."""
-    found = [piece]
-    for name, expression in {"content": content, **more}.items():
-        found = [part for text in found for part in _interleaved(text, f"{{{name}}}", f"({expression})")]
-    return " ~ ".join(
-        part if part.startswith("(") and part in _marks(content, more) else _quoted(part) for part in found if part
-    )
-
-
-def _marks(content: str, more: dict[str, str]) -> set[str]:
-    return {f"({expression})" for expression in (content, *more.values())}
-
-
-def _interleaved(text: str, mark: str, between: str) -> list[str]:
-    """The parts of a text around a mark, with `between` in its places."""
-    parts = text.split(mark)
-    return [word for number, part in enumerate(parts) for word in ((between, part) if number else (part,))]
-
-
-def _quoted(text: str) -> str:
-    """A literal for Jinja."""
-    escaped = (
-        text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    )
-    return f"'{escaped}'"
-
-
-def _named(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A piece with the tokenizer's own tokens in place of {bos} and {eos}."""
-    if isinstance(value, tuple | list):
-        return tuple(word for word in (_named(item, tokenizer) for item in value) if word)
-    if not isinstance(value, str):
-        return value
-    return value.replace("{bos}", str(tokenizer.bos_token or "")).replace("{eos}", str(tokenizer.eos_token or ""))
-
-
-def _filled(piece: str, **texts: str) -> str:
+def filled(piece: str, **texts: str) -> str:
     """The piece with texts in place of {content} and the like; what stands in a text is left alone."""
-    parts = [piece]
-    for name, text in texts.items():
-        parts = [
-            word
-            for part in parts
-            for word in (_interleaved(part, f"{{{name}}}", "\0" + text) if not part.startswith("\0") else [part])
-        ]
-    return "".join(part.removeprefix("\0") for part in parts)
+    return "".join(texts[part] if is_name else part for part, is_name in parts_of(piece))
 
 
-class Own:
-    """The chat template that the tokenizer brings, rendered by transformers."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        assert tokenizer.chat_template is not None
-        self.name, self.tokenizer = "the model's own", tokenizer
-        self.after = self.text_after_an_answer()
-
-    def render(self, turns: Sequence[Turn]) -> Rendered:
-        text, answers = self.apply(turns), []
-        for number, turn in enumerate(turns):
-            if turn.role == "assistant":
-                start, end = len(self.prompt(turns[:number])), len(self.apply(turns[: number + 1]))
-                if not text.startswith(self.apply(turns[: number + 1])) or not text.startswith(
-                    self.prompt(turns[:number])
-                ):
-                    raise DataError(
-                        f"the model's own template writes turn {number + 1} differently once others follow it, so what is learned would "
-                        "not be what the model is asked for; use data.template=NAME or data.learn=last"
-                    )
-                answers.append((start, end - len(self.after)))
-        return Rendered(text, tuple(answers))
-
-    def prompt(self, turns: Sequence[Turn]) -> str:
-        return self.apply(turns, reply=True)
-
-    def jinja(self) -> str:
-        return cast(str, self.tokenizer.chat_template)
-
-    def apply(self, turns: Sequence[Turn], *, reply: bool = False) -> str:
-        """The text. DataError with the template's own words where it refuses."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            return cast(
-                str,
-                cast(Any, self.tokenizer).apply_chat_template(messages, tokenize=False, add_generation_prompt=reply),
-            )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            raise DataError(f"the model's own template refuses this conversation: {error}") from None
-
-    def text_after_an_answer(self) -> str:
-        """What it writes behind the token that ends an answer, such as a line break: not learned, since nothing generates it."""
-        mark = "an answer nobody gives"
-        text = self.apply([Turn("user", "a"), Turn("assistant", mark)])
-        ending = text[text.rindex(mark) + len(mark) :]
-        ends = [ending.rindex(token) + len(token) for token in special_texts(self.tokenizer) if token in ending]
-        if not ends:
-            raise ConfigError(
-                "data.template (auto): the model's own template ends an answer without a special token; use data.template=NAME"
-            )
-        return ending[max(ends) :]
-
-
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the tokens that no text is made of: begin, end, and those that were added to the vocabulary."""
-    return sorted({str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())})
-
-
-def load_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
-    """`auto`: the tokenizer's own, or alpaca where it has none; the name of a template; or a YAML file. ConfigError for mistakes."""
-    if name == "auto" and tokenizer.chat_template is not None:
-        return Own(tokenizer)
-    if name == "auto":
-        return Structured("alpaca", TEMPLATES["alpaca"], tokenizer)
+def load_template(name: str) -> Template:
+    """A template by its name, or of a YAML file. ConfigError for mistakes."""
     if name in TEMPLATES:
-        return Structured(name, TEMPLATES[name], tokenizer)
+        return TEMPLATES[name]
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise ConfigError(f"data.template ({name}): must be auto, {', '.join(TEMPLATES)}, or a YAML file that exists")
@@ -412,7 +147,7 @@ def load_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
         ]
         raise ConfigError(*problems) from None
     _check_pieces(path, template)
-    return Structured(path.name, template, tokenizer)
+    return template
 
 
 def _check_pieces(path: Path, template: Template) -> None:

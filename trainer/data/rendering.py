@@ -1,0 +1,198 @@
+"""Conversations become text, and where in it the answers lie. Text in, text and spans out; no tokens.
+
+A Template is filled in here; the tokenizer's own chat template is rendered by transformers in its sandbox. Invariant: targets come from
+the structure, never from searching the text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data.conversations import Turn
+from trainer.data.jinja import to_jinja
+from trainer.data.templates import TEMPLATES, Template, filled, load_template
+from trainer.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    """First and last + 1 character of each answer with what ends it, in the order of assistant turns."""
+
+
+class Format(Protocol):
+    """How conversations become text."""
+
+    name: str
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """The whole conversation. DataError for turns that it cannot say."""
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The conversation up to where the next answer begins."""
+
+    def jinja(self) -> str:
+        """The same for `apply_chat_template`; saved with the model."""
+
+
+class Structured:
+    """A Template with the tokens of one tokenizer."""
+
+    def __init__(self, name: str, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+        """ConfigError where the tokenizer lacks one of its tokens."""
+        self.name = name
+        self.template = Template(**{key: _named(value, tokenizer) for key, value in template.model_dump().items()})
+        vocabulary = tokenizer.get_vocab()
+        lacking = [token for token in self.template.tokens if token not in vocabulary]
+        if "{eos}" in template.answer and tokenizer.eos_token is None:
+            lacking.append("an end-of-text token")
+        if lacking:
+            raise ConfigError(
+                f"data.template ({name}): the model's tokenizer has no {', '.join(lacking)} as one token, so the model never learned "
+                "what it means; use data.template=auto or alpaca, or a model made for this template"
+            )
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        parts, answers, length = [self.template.begin], [], len(self.template.begin)
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                before, answer = self.template.reply, filled(self.template.answer, content=self.content(turn))
+                answers.append((length + len(before), length + len(before) + len(answer)))
+                piece = before + answer + self.template.after
+            else:
+                piece = self.piece(turns, number)
+            parts.append(piece)
+            length += len(piece)
+        return Rendered("".join(parts), tuple(answers))
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        return self.render(turns).text + self.template.reply
+
+    def piece(self, turns: Sequence[Turn], number: int) -> str:
+        """What a turn that is no answer becomes, with the system text it may carry."""
+        template, turn = self.template, turns[number]
+        if turn.role == "system":
+            return "" if template.system is None else filled(template.system, content=self.content(turn))
+        if turn.role == "tool":
+            if template.tool is None:
+                raise DataError(f"template {self.name} has no tool turns; use another, or leave such conversations out")
+            return filled(template.tool, content=self.content(turn))
+        return self.user_piece(turns, number)
+
+    def user_piece(self, turns: Sequence[Turn], number: int) -> str:
+        """A user turn; the first one says the default system text, or carries a system text that has no turn of its own."""
+        template, turn, content = self.template, turns[number], self.content(turns[number])
+        has_system = number > 0 and turns[0].role == "system"
+        is_first = number == (1 if has_system else 0)
+        default = template.default_system_with_input if turn.input else template.default_system
+        before = ""
+        if is_first and not has_system and default is not None and template.system is not None:
+            before = filled(template.system, content=default)
+        if turn.input and template.user_with_input is not None:
+            return before + filled(template.user_with_input, content=content, input=turn.input)
+        content = f"{content}\n\n{turn.input}" if turn.input else content
+        if is_first and has_system and template.system is None:
+            if template.first_user is None:
+                raise DataError(
+                    f"template {self.name} has no place for a system text; use another, or data.system=none"
+                )
+            return filled(template.first_user, content=content, system=self.content(turns[0]))
+        return before + filled(template.user, content=content)
+
+    def content(self, turn: Turn) -> str:
+        """A turn's text."""
+        return turn.content.strip() if self.template.strip else turn.content
+
+    def jinja(self) -> str:
+        return to_jinja(self.template)
+
+
+class Own:
+    """The chat template that the tokenizer brings, rendered by transformers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        assert tokenizer.chat_template is not None
+        self.name, self.tokenizer = "the model's own", tokenizer
+        self.after = self.text_after_an_answer()
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        text, answers = self.apply(turns), []
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                start, end = len(self.prompt(turns[:number])), len(self.apply(turns[: number + 1]))
+                if not text.startswith(self.apply(turns[: number + 1])) or not text.startswith(
+                    self.prompt(turns[:number])
+                ):
+                    raise DataError(
+                        f"the model's own template writes turn {number + 1} differently once others follow it, so what is learned would "
+                        "not be what the model is asked for; use data.template=NAME or data.learn=last"
+                    )
+                answers.append((start, end - len(self.after)))
+        return Rendered(text, tuple(answers))
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        return self.apply(turns, reply=True)
+
+    def jinja(self) -> str:
+        return cast(str, self.tokenizer.chat_template)
+
+    def apply(self, turns: Sequence[Turn], *, reply: bool = False) -> str:
+        """The text. DataError with the template's own words where it refuses."""
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return cast(
+                str,
+                cast(Any, self.tokenizer).apply_chat_template(messages, tokenize=False, add_generation_prompt=reply),
+            )
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise DataError(f"the model's own template refuses this conversation: {error}") from None
+
+    def text_after_an_answer(self) -> str:
+        """What it writes behind the token that ends an answer, such as a line break: not learned, since nothing generates it."""
+        mark = "an answer nobody gives"
+        text = self.apply([Turn("user", "a"), Turn("assistant", mark)])
+        ending = text[text.rindex(mark) + len(mark) :]
+        ends = [ending.rindex(token) + len(token) for token in special_texts(self.tokenizer) if token in ending]
+        if not ends:
+            raise ConfigError(
+                "data.template (auto): the model's own template ends an answer without a special token; use data.template=NAME"
+            )
+        return ending[max(ends) :]
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of the tokens that no text is made of: begin, end, and those that were added to the vocabulary."""
+    return sorted({str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())})
+
+
+def load_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
+    """`auto`: the tokenizer's own, or alpaca where it has none; the name of a template; or a YAML file. ConfigError for mistakes."""
+    if name == "auto" and tokenizer.chat_template is not None:
+        return Own(tokenizer)
+    if name == "auto":
+        return Structured("alpaca", TEMPLATES["alpaca"], tokenizer)
+    return Structured(name, load_template(name), tokenizer)
+
+
+def _named(value: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A piece with the tokenizer's own tokens in place of {bos} and {eos}."""
+    if isinstance(value, tuple | list):
+        return tuple(word for word in (_named(item, tokenizer) for item in value) if word)
+    if not isinstance(value, str):
+        return value
+    return value.replace("{bos}", str(tokenizer.bos_token or "")).replace("{eos}", str(tokenizer.eos_token or ""))
