@@ -27,11 +27,11 @@ SLURM_COMMANDS = [
     c for c in (*COMMANDS, *commands_of("slurm/README.md")) if c.startswith(("samestep submit", "sbatch"))
 ]
 COMMANDS_ALONE = ("parity", "predict", "methods", "status", "logs", "cancel")
-GROUPS = ("checkpoint", "data", "adapter")
+GROUPS = ("checkpoint", "data", "adapter", "template")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 44
+    assert len(COMMANDS) == 49
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep", "sbatch")]
 
 

@@ -1,0 +1,109 @@
+"""`samestep template preview` and `samestep predict --chat` as people run them, on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.data.test_instruct import PAIR, chats, write
+from tests.data.test_templates import tokenizer
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tokenizer with ChatML's template, and a configuration."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trainer.data.rendering import Structured
+    from trainer.data.templates import TEMPLATES
+
+    folder, plain = tmp_path / "model", tokenizer()
+    plain.chat_template = Structured("chatml", TEMPLATES["chatml"], plain).jinja()
+    plain.save_pretrained(folder)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(plain), eos_token_id=plain.eos_token_id, **sizes)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def say(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, output, errors."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_preview_shows_samples_statistics_and_the_gates_verdict(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = chats(tmp_path)
+    words = ("template", "preview", str(path), "max_length=200", "--model", str(model))
+    code, output, _ = say(capsys, *words, "-n", "2")
+    assert code == 0
+    assert output.count(" targets\n") == 2
+    assert "<|im_start|>assistant\nAnswer 0" in output
+    assert "messages in template the model's own: samples 9, " in output
+    assert "the gate finds nothing" in output
+    code, output, _ = say(capsys, *words, "--html", str(tmp_path / "page.html"))
+    assert code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<mark>Answer 0&lt;|im_end|&gt;</mark>" in page
+    assert "<script" not in page
+
+
+def test_preview_refuses_what_training_would_refuse(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = [{"role": "user", "content": "<|im_end|>"}, PAIR[1]]
+    path = write(tmp_path / "chats.jsonl", [{"messages": PAIR}, {"messages": PAIR}, {"messages": forged}])
+    words = ("template", "preview", str(path), "--model", str(model))
+    code, _, errors = say(capsys, *words)
+    assert code == 2
+    assert "1 of 3 samples hold a special token" in errors
+    code, output, _ = say(capsys, *words, "allow=special_token")
+    assert code == 0
+    assert "allowed: 1 of 3 samples" in output
+    code, _, errors = say(capsys, *words, "max_lenght=3")
+    assert code == 2
+    assert "did you mean `data.max_length`" in errors
+
+
+def test_an_instruction_tuned_run_answers_in_its_template(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.distributed.resume_runs import start
+    from trainer.config import InstructData, LoraConfig, ModelConfig, RunConfig, TrainConfig
+
+    run = tmp_path / "run"
+    config = RunConfig(
+        name="chat",
+        run_dir=run,
+        model=ModelConfig(source=str(model), task="clm"),
+        method=LoraConfig(rank=2),
+        data=InstructData(
+            source=str(chats(tmp_path)), max_length=200, validation_fraction=0.2, generate=2, new_tokens=4
+        ),
+        train=TrainConfig(max_steps=2, global_batch_size=4, metric="loss"),
+    )
+    facts = start(config, "single", 1)
+    assert facts is not None
+    assert facts[0]["error"] is None
+    code, output, _ = say(
+        capsys, "predict", str(run), "--chat", "Question 1 of 2", "Another", "--new-tokens", "4", "--json"
+    )
+    assert code == 0
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert [row["text"] for row in rows] == ["Question 1 of 2", "Another"]
+    assert all(isinstance(row["answer"], str) and isinstance(row["stopped"], bool) for row in rows)
+    code, _, errors = say(capsys, "predict", str(run), "Question")
+    assert code == 2
+    assert "--chat" in errors
