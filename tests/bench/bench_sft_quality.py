@@ -41,7 +41,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         task.write_report(Path(folder), base, evaluation)
         print("before:\n" + (Path(folder) / "samples.txt").read_text(), flush=True)
-    del base
     trainer.fit()
     last = json.loads((config.folder / "metrics.jsonl").read_text().splitlines()[-1])
     print("after:\n" + (config.folder / "samples.txt").read_text())
