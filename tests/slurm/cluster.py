@@ -101,7 +101,11 @@ class Cluster:
         """Stop one daemon."""
         daemon = self.daemons.pop(name)
         daemon.send_signal(signal.SIGTERM)
-        daemon.wait(timeout=30)
+        try:
+            daemon.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it waits for a job that does not end
+            daemon.kill()
+            daemon.wait()
 
 
 @contextmanager

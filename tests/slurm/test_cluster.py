@@ -301,10 +301,17 @@ def test_a_full_disk_costs_the_last_steps_and_nothing_else(
 
 def test_a_cancelled_run_saves_and_is_not_started_again(cluster: Cluster, root: Path) -> None:
     run, waiting = root / "cancelled", root / "waiting"
-    job = submit(cluster, *settings(root, run, **ENDLESS))
-    other = submit(cluster, "--nodes", "2", *settings(root, waiting))
+    job = submit(cluster, "--ranks-per-node", "2", *settings(root, run, **ENDLESS))  # all cores of a node
+    other = submit(cluster, "--nodes", "2", "--ranks-per-node", "2", *settings(root, waiting))
     wait_for_step(run, 40)
-    assert cluster.run("samestep", "status", str(waiting)).split()[-5:-3] == ["waiting", other]
+    assert cluster.run("samestep", "status", str(waiting)).splitlines()[1].split() == [
+        "waiting",
+        other,
+        "PENDING",
+        "0",
+        "0",
+        "Resources",
+    ]
     assert "is cancelled" in cluster.run("samestep", "cancel", str(waiting))
     assert "saves and ends" in cluster.run("samestep", "cancel", str(run))
     cluster.wait(job)
