@@ -5,13 +5,14 @@
 
 Same pairs (Python functions and their docstrings, at most 1,024 tokens), same tokens (SmolLM2's tokenizer and chat template), same
 targets (the answers), same model (SmolLM2's shape with fewer layers, fresh weights, trained in full), same optimizer, batch size 8 and
-threads; each contestant in a fresh process, in turn. Peers run as they come, without evaluation, saving or logging. The first steps warm
-up. isolated: whether changing a packed conversation leaves its neighbour's logits as they were, by the contestant's own batch and model.
-The last line is one JSON object of ratios: medians over rounds.
+threads; each contestant in a fresh process, in turn: a first epoch warms up, the second is timed. Peers run as they come, without
+evaluation, saving or logging. isolated: whether changing a packed conversation leaves its neighbour's logits as they were, bit for bit, by
+the contestant's own batch and model. The last line is one JSON object of ratios: medians over rounds.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import statistics
 import sys
@@ -40,7 +41,7 @@ from trainer.model.architecture import load_tokenizer
 from trainer.model.load import build_model
 from trainer.task import build_task
 
-BATCH, LENGTH, WARM_UP, LEARNING_RATE = 8, 1024, 2, 1e-4
+BATCH, LENGTH, LEARNING_RATE = 8, 1024, 1e-4
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Job:
     folder: Path
     """Holds the model without weights' folder `model`."""
     pairs: int
-    steps: int
     threads: int
 
 
@@ -58,8 +58,7 @@ def main() -> None:
     """Measure, print, print ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=8, help="timed, of each contestant in a round")
+    parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
@@ -68,7 +67,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model", asked.layers)
-        job = Job(folder, asked.pairs, asked.steps, asked.threads)
+        job = Job(folder, asked.pairs, asked.threads)
+        write_pairs(folder / "pairs.jsonl", asked.pairs)
         contestants = {"samestep, padded": ("own", "none"), "samestep, packed": ("own", "best_fit")}
         if importlib.util.find_spec("trl"):
             contestants |= {"TRL, padded": ("trl", "none"), "TRL, packed": ("trl", "best_fit")}
@@ -108,10 +108,19 @@ def make_model(folder: Path, layers: int) -> None:
     load_tokenizer(ModelConfig(source="asset:smollm2", task="clm")).save_pretrained(folder)
 
 
-def data_of(packing: str) -> InstructData:
+def write_pairs(path: Path, count: int) -> None:
+    """The first pairs of at most LENGTH tokens, and one that is held out."""
+    settings = InstructData(source="asset:stdlib", max_length=LENGTH, validation_fraction=0.001)
+    found = build_instruct(settings, load_tokenizer(ModelConfig(source="asset:smollm2", task="clm")))
+    turns = {conversation.place: conversation.turns for conversation in found.conversations}
+    rows = [turns[sample.place] for sample in found.train.samples[: count + 1]]
+    path.write_text("".join(json.dumps({"prompt": user.text, "response": answer.text}) + "\n" for user, answer in rows))
+
+
+def data_of(job: Job, packing: str) -> InstructData:
     """The settings of the data."""
-    settings: dict[str, Any] = {"max_length": LENGTH, "packing": packing, "validation_fraction": 0.01, "generate": 0}
-    return InstructData(source="asset:stdlib", allow=("special_token",), **settings)
+    settings: dict[str, Any] = {"max_length": LENGTH, "packing": packing, "validation_fraction": 0.001, "generate": 0}
+    return InstructData(source=str(job.folder / "pairs.jsonl"), **settings)
 
 
 # In a process of its own
@@ -125,32 +134,23 @@ def own_run(job: Job, packing: str) -> dict[str, Any]:
         run_dir=job.folder / "run",
         model=ModelConfig(source=str(job.folder / "model"), task="clm"),
         method=FullConfig(),
-        data=data_of(packing),
+        data=data_of(job, packing),
         optim=OptimConfig(peak_lr=LEARNING_RATE, schedule="constant", warmup_fraction=0.0),
-        train=TrainConfig(max_steps=WARM_UP + job.steps, global_batch_size=BATCH, metric="loss", resume="never"),
+        train=TrainConfig(num_epochs=2, global_batch_size=BATCH, metric="loss", resume="never"),
     )
     accelerator = build_accelerator(config)
     task = build_task(config, accelerator)
     trainer = Trainer(config, accelerator, build_model(config, (), accelerator), task)
     trainer.engine.model.train()
     isolated = packing == "best_fit" and is_isolated(trainer.engine.module, task.training_batch(np.arange(1)))
-    for _ in range(WARM_UP):
-        trainer.train_step()
-    window, began = trainer.progress.window, time.perf_counter()
-    before = (
-        window.num_targets,
-        float(window.loss_sum),
-        *(float(window.counts[name]) for name in ("tokens", "positions")),
-    )
-    for _ in range(job.steps):
-        trainer.train_step()
+    for epoch in range(2):
+        window, began = trainer.progress.window, time.perf_counter()
+        before = sums_of(window)
+        for step in range(task.steps_per_epoch):
+            trainer.progress.step = epoch * task.steps_per_epoch + step
+            trainer.train_step()
     seconds = time.perf_counter() - began
-    after = (
-        window.num_targets,
-        float(window.loss_sum),
-        *(float(window.counts[name]) for name in ("tokens", "positions")),
-    )
-    targets, loss, tokens, positions = (now - then for now, then in zip(after, before, strict=True))
+    targets, loss, tokens, positions = (now - then for now, then in zip(sums_of(window), before, strict=True))
     return {
         "targets_per_s": targets / seconds,
         "loss": loss / targets,
@@ -159,12 +159,20 @@ def own_run(job: Job, packing: str) -> dict[str, Any]:
     }
 
 
+def sums_of(window: Any) -> tuple[float, ...]:
+    """Targets, loss, tokens and positions so far."""
+    counts = (float(window.counts.get(name, 0.0)) for name in ("tokens", "positions"))
+    return (window.num_targets, float(window.loss_sum), *counts)
+
+
 def trl_run(job: Job, packing: str) -> dict[str, Any]:
     """TRL's SFTTrainer, as its documentation shows it."""
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(job.threads)
-    seen: list[tuple[int, float, int, int, float]] = []
+    seen: list[tuple[int, float, int, int]] = []
+    times: list[float] = []
 
     class Watched(SFTTrainer):
         """Notes what each step holds."""
@@ -178,16 +186,27 @@ def trl_run(job: Job, packing: str) -> dict[str, Any]:
                 else torch.tensor(inputs["input_ids"].numel())
             )
             targets = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            seen.append((targets, loss, int(held), inputs["input_ids"].numel(), time.perf_counter()))
+            seen.append((targets, loss, int(held), inputs["input_ids"].numel()))
             return found
 
+    class Clock(TrainerCallback):
+        """Notes when epochs begin and the last step ends."""
+
+        def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+            seen.clear()
+            times[:] = [time.perf_counter()]
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times[1:] = [time.perf_counter()]
+
+    tokenizer = load_tokenizer(ModelConfig(source=str(job.folder / "model"), task="clm"))
     model = LlamaForCausalLM.from_pretrained(job.folder / "model", dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=BATCH,
             max_length=LENGTH,
-            max_steps=WARM_UP + job.steps + 1,
+            num_train_epochs=2,
             packing=packing == "best_fit",
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
@@ -199,37 +218,30 @@ def trl_run(job: Job, packing: str) -> dict[str, Any]:
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            eos_token="<|im_end|>",
         )
         trainer = Watched(
-            model=model,
-            args=arguments,
-            train_dataset=trl_dataset(job),
-            processing_class=load_tokenizer(ModelConfig(source=str(job.folder / "model"), task="clm")),
+            model=model, args=arguments, train_dataset=trl_dataset(job), processing_class=tokenizer, callbacks=[Clock()]
         )
-        batch = next(iter(trainer.get_train_dataloader()))
-        isolated = packing == "best_fit" and is_isolated(model, dict(batch))
+        isolated = packing == "best_fit" and is_isolated(model, dict(next(iter(trainer.get_train_dataloader()))))
         trainer.train()
-    timed = seen[WARM_UP : WARM_UP + job.steps]
-    seconds = (
-        seen[WARM_UP + job.steps][4] - seen[WARM_UP][4]
-    )  # from one forward pass to that of the step after the last
-    targets, positions = sum(step[0] for step in timed), sum(step[3] for step in timed)
+    targets, positions = sum(step[0] for step in seen), sum(step[3] for step in seen)
     return {
-        "targets_per_s": targets / seconds,
-        "loss": sum(step[0] * step[1] for step in timed) / targets,
-        "padding": 1 - sum(step[2] for step in timed) / positions,
+        "targets_per_s": targets / (times[1] - times[0]),
+        "loss": sum(step[0] * step[1] for step in seen) / targets,
+        "padding": 1 - sum(step[2] for step in seen) / positions,
         "isolated": isolated,
     }
 
 
 def trl_dataset(job: Job) -> Any:
-    """The same conversations as prompts and completions, in the order in which samestep holds them."""
+    """The training conversations as prompts and completions."""
     from datasets import Dataset
 
-    found = build_instruct(data_of("none"), load_tokenizer(ModelConfig(source="asset:smollm2", task="clm")))
+    found = build_instruct(
+        data_of(job, "none"), load_tokenizer(ModelConfig(source=str(job.folder / "model"), task="clm"))
+    )
     turns = {conversation.place: conversation.turns for conversation in found.conversations}
-    rows = [turns[sample.place] for sample in found.train.samples[: job.pairs]]
+    rows = [turns[sample.place] for sample in found.train.samples]
     return Dataset.from_list(
         [
             {
@@ -267,13 +279,13 @@ def collation_ratio(job: Job) -> float:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     torch.set_num_threads(job.threads)
-    tokenizer = load_tokenizer(ModelConfig(source="asset:smollm2", task="clm"))
-    split: InstructSplit = build_instruct(data_of("none"), tokenizer).train
+    tokenizer = load_tokenizer(ModelConfig(source=str(job.folder / "model"), task="clm"))
+    split: InstructSplit = build_instruct(data_of(job, "none"), tokenizer).train
     padding = int(tokenizer.pad_token_id or 0)
-    groups = [np.arange(start, start + BATCH) for start in range(0, job.pairs - BATCH, BATCH)]
+    groups = [np.arange(start, start + BATCH) for start in range(0, len(split) - BATCH + 1, BATCH)]
     examples = [
         {"input_ids": sample.ids.tolist(), "completion_mask": sample.is_target.astype(int).tolist()}
-        for sample in split.samples[: job.pairs]
+        for sample in split.samples
     ]
     theirs = DataCollatorForLanguageModeling(pad_token_id=padding)
     ratios = []
