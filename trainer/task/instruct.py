@@ -85,6 +85,8 @@ class InstructTask(LanguageTask):
     def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
         """stop_rate, exact_match and rouge_l of greedy answers to the first held-out prompts, and how many."""
         count = min(self.settings.generate, len(self.data.validation))
+        if count:
+            announce(f"answering {count} held-out prompts", is_main=engine.rank == 0)
         sums = torch.zeros(count, 3, dtype=torch.float64)
         share = rank_share(np.arange(count), engine.rank, engine.world_size)
         for start in range(0, len(share), GENERATED_TOGETHER):
