@@ -104,6 +104,11 @@ def test_an_instruction_tuned_run_answers_in_its_template(
     rows = [json.loads(line) for line in output.splitlines()]
     assert [row["text"] for row in rows] == ["Question 1 of 2", "Another"]
     assert all(isinstance(row["answer"], str) and isinstance(row["stopped"], bool) for row in rows)
+    code, _, errors = say(capsys, "checkpoint", "export", str(run), "--output", str(tmp_path / "exported"))
+    assert code == 0, errors
+    questions = ("Question 1 of 2", "Another", "--new-tokens", "4", "--json")
+    code, again, _ = say(capsys, "predict", str(tmp_path / "exported"), "--chat", *questions)
+    assert (code, again) == (0, output)
     code, _, errors = say(capsys, "predict", str(run), "Question")
     assert code == 2
     assert "--chat" in errors

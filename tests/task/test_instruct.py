@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from tests.distributed.resume_runs import start
+from tests.distributed.resume_runs import same_weights, start
 from tests.tiny import NUM_WORDS, tiny_llama, tiny_tokens
 from trainer.config import InstructData, LoraConfig, ModelConfig, OptimConfig, PromptConfig, RunConfig, TrainConfig
 from trainer.data.docstrings import INSTRUCTION, pairs_of_file
@@ -81,13 +81,30 @@ def test_training_learns_responses_and_ranks_agree_with_one_process(
     evaluated = [line["eval/loss"] for line in lines if "eval/loss" in line]
     assert evaluated[-1] < evaluated[0]
     assert "[...]" in (tmp_path / "single" / "samples.txt").read_text()
-    last = lines[-1]
-    assert last["eval/generated"] == 16
+    last, of_ranks = lines[-1], json.loads((tmp_path / "zero2" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/generated"] == of_ranks["eval/generated"] == 16
+    assert of_ranks["eval/count"] == last["eval/count"]
     assert 0 <= last["eval/stop_rate"] <= 1
     assert (last["eval/rouge_l"] > 0) == (last["eval/exact_match"] > 0 or last["eval/rouge_l"] > 0)
     _, tokenizer, info = load_exported(tmp_path / "single" / "model")
     assert tokenizer.chat_template == CHAT
     assert info["stop_token_ids"] == [NUM_WORDS]
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_a_stopped_run_goes_on_to_the_same_weights(packing: str, root: Path, tmp_path: Path) -> None:
+    def config(run: str) -> RunConfig:
+        return packing_config(root, tmp_path / run, packing, max_steps=6, global_batch_size=4, save_every=2)
+
+    whole = start(config("whole"), "ddp", 2)
+    assert start(config("again"), "ddp", 2, fault="step@1:3:usr1") is not None
+    resumed = start(config("again"), "ddp", 2)
+    assert whole is not None
+    assert resumed is not None
+    for facts, expected in zip(resumed, whole, strict=True):
+        assert facts["error"] is None
+        assert sorted(facts["losses"]) == [3, 4, 5]
+        assert same_weights(facts, expected)
 
 
 def losses_of(config: RunConfig, backend: str, ranks: int) -> list[float]:
@@ -140,6 +157,27 @@ def packed_rows(root: Path) -> int:
     data = packing_config(root, root, "best_fit").data
     assert isinstance(data, InstructData)
     return len(build_instruct(data, AutoTokenizer.from_pretrained(root / "model")).train)
+
+
+def test_packed_rows_have_the_gradient_of_unpacked_ones(root: Path) -> None:
+    """In double precision, of every parameter."""
+    from trainer.data.instruct import build_instruct
+    from trainer.loss import token_losses
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    gradients = []
+    for packing in ("none", "best_fit"):
+        data = packing_config(root, root, packing).data
+        assert isinstance(data, InstructData)
+        split = build_instruct(data, tokenizer).train
+        batch = split.batch(np.arange(len(split)), NUM_WORDS)
+        model = AutoModelForCausalLM.from_pretrained(root / "model").double()
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        token_losses(model(**inputs, use_cache=False).logits, batch["labels"]).sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    plain, packed = gradients
+    assert float((packed - plain).norm() / plain.norm()) < 1e-5
+    assert float(plain.norm()) > 1
 
 
 def test_a_packed_conversation_does_not_see_its_neighbour(root: Path) -> None:

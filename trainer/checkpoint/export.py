@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
-from trainer.checkpoint.manifest import Manifest, read_json, read_manifest
+from trainer.checkpoint.manifest import TEMPLATE, Manifest, read_json, read_manifest
 from trainer.checkpoint.shards import ShardReader
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoints, newest_good
@@ -34,8 +34,6 @@ from trainer.run_folder import INFO_FILE
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
 WEIGHT = "weight/"
-TEMPLATE = "chat_template.jinja"
-"""transformers' name for it."""
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -18,8 +18,10 @@ from trainer.checkpoint.direct import read_chunks
 from trainer.errors import CheckpointError
 
 MANIFEST, STATE = "manifest.json", "state.json"
+TEMPLATE = "chat_template.jinja"
+"""transformers' name for it; what a run on conversations is asked with."""
 SMALL_FILES = "state|config|adapter_config|bottleneck_config|samestep|tokenizer|tokenizer_config"
-FILE_NAME = rf"(weights|optimizer|rank)-\d{{5}}-of-\d{{5}}\.safetensors|({SMALL_FILES})\.json"
+FILE_NAME = rf"(weights|optimizer|rank)-\d{{5}}-of-\d{{5}}\.safetensors|({SMALL_FILES})\.json|{re.escape(TEMPLATE)}"
 LARGEST_JSON = 64 * 2**20  # bytes; a bigger manifest or state was not written by us
 
 FileName = Annotated[str, Field(pattern=f"^({FILE_NAME})$")]

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.backend import Engine
+from trainer.checkpoint.manifest import TEMPLATE
 from trainer.config import InstructData, RunConfig
 from trainer.data.batches import GlobalBatches, rank_share
 from trainer.data.gate import check, statistics, stop_tokens
@@ -65,7 +66,7 @@ class InstructTask(LanguageTask):
         return digest.hexdigest()
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        return {"chat_template.jinja": str(self.tokenizer.chat_template).encode()}
+        return {TEMPLATE: str(self.tokenizer.chat_template).encode()}
 
     def global_batch(self, step: int) -> np.ndarray:
         return self.batches.at(step)
