@@ -141,7 +141,7 @@ def evaluate(
     Example: samestep adapter evaluate runs/lora_sst2,runs/dora_sst2
     """
     quiet_libraries()
-    from trainer.predict_adapters import AdapterPredictor
+    from trainer.predict.adapters import AdapterPredictor
 
     paths = {Path(run).name: Path(run) for run in runs.split(",") if run}
     if len(paths) < len(runs.split(",")):

@@ -110,7 +110,7 @@ def train(argv: list[str]) -> int:
 def predict_speed(run: str) -> float:
     """Sentences a second."""
     quiet_libraries()
-    from trainer.predict import load_predictor
+    from trainer.predict.classify import load_predictor
 
     return speed_of(load_predictor(Path(run)))
 
@@ -121,7 +121,7 @@ def base_speed(model: str) -> float:
     from trainer.config import ModelConfig
     from trainer.model.architecture import load_architecture, load_tokenizer
     from trainer.model.load import load_weights
-    from trainer.predict import Predictor
+    from trainer.predict.classify import Predictor
 
     source = ModelConfig(source=model)
     names = ("negative", "positive")

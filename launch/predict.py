@@ -1,6 +1,6 @@
 """`samestep predict`: label and confidence of texts from the command line, a file or a pipe.
 
-Place in the flow: launch/cli.py hands the arguments over; trainer/predict.py does the work. Results go to standard
+Place in the flow: launch/cli.py hands the arguments over; trainer/predict does the work. Results go to standard
 output, one line a text and in order; counts and speed go to standard error. Nothing heavy is imported before the run
 directory is found.
 """
@@ -21,7 +21,7 @@ from trainer.run_folder import find_exported
 from trainer.screen import print_plain
 
 if TYPE_CHECKING:
-    from trainer.predict import Prediction, Predictor
+    from trainer.predict.classify import Prediction, Predictor
 
 TEXTS_AT_ONCE = 4096
 """Texts read, predicted and printed before the next ones are read: a file of any size fits."""
@@ -37,7 +37,7 @@ def predict_command(
     folder = find_exported(run)
     sources = Sources(texts, file)
     quiet_libraries()
-    from trainer.predict import load_predictor
+    from trainer.predict.classify import load_predictor
 
     predictor = load_predictor(folder)
     try:
@@ -63,7 +63,7 @@ def predict_adapters_command(
         raise ConfigError(f"--adapters ({','.join(runs)}): must be runs with different names, separated by commas")
     sources = Sources(texts, file)
     quiet_libraries()
-    from trainer.predict_adapters import AdapterPredictor
+    from trainer.predict.adapters import AdapterPredictor
 
     predictor = AdapterPredictor(names)
     remaining, num_texts, began = iter(sources.lines()), 0, time.perf_counter()

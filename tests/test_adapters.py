@@ -16,8 +16,8 @@ from tests.tiny import tiny_bert, tiny_sentences
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.adapters import Difference, compare, find_adapter, merge, merged
 from trainer.model.export import identity_below, load_exported
-from trainer.predict import load_predictor
-from trainer.predict_adapters import AdapterPredictor
+from trainer.predict.adapters import AdapterPredictor
+from trainer.predict.classify import load_predictor
 
 PEFT_METHODS = ("lora", "dora", "rslora", "qlora", "vera", "ia3", "prompt", "p_tuning", "prefix")
 

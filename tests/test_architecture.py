@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.backend", "trainer.data", "trainer.run_folder", "trainer.screen", "trainer.plots"),
     ("trainer.model", "trainer.loss", "trainer.metrics"),
     ("trainer.optim", "trainer.data.classify", "trainer.predict"),
-    ("trainer.resolve", "trainer.evaluate", "trainer.log", "trainer.predict_adapters"),
+    ("trainer.resolve", "trainer.evaluate", "trainer.log"),
     ("trainer.task",),
     ("trainer.output", "trainer.probe", "trainer.checkpoint", "trainer.watchdog"),
     ("trainer.loop",),

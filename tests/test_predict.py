@@ -16,7 +16,7 @@ from launch.predict import predict_command
 from tests.tiny import BAD, GOOD, tiny_bert
 from trainer import run_folder
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.predict import Predictor, load_predictor
+from trainer.predict.classify import Predictor, load_predictor
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("negative", "positive")

@@ -9,6 +9,7 @@ import time
 from contextlib import ExitStack
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -194,10 +195,11 @@ class Trainer:
         """Forward pass of one micro-batch: the loss summed over its targets. Collective under fsdp and zero3."""
         task, window = self.task, self.progress.window
         on_device = self.engine.to_device(batch)
-        logits = self.engine.forward(task.model_inputs(on_device)).logits
-        loss = task.loss_sum(logits, on_device)
+        outputs = self.engine.forward(task.model_inputs(on_device))
+        loss = task.loss_sum(outputs, on_device)
         window.loss_sum = window.loss_sum + loss.detach()
-        window.add_counts(dict(zip(task.count_names, task.counts(logits.detach(), on_device), strict=True)))
+        with torch.no_grad():
+            window.add_counts(dict(zip(task.count_names, task.counts(outputs, on_device), strict=True)))
         window.num_targets += count_targets(batch)
         return loss
 

@@ -54,7 +54,7 @@ from trainer.loop import Trainer
 from trainer.model.export import export_model
 from trainer.model.load import build_model
 from trainer.optim import build_optimizer
-from trainer.predict import load_predictor
+from trainer.predict.classify import load_predictor
 from trainer.task.classification import ClassificationTask
 
 PARTS = ("speed", "predict", "ddp")

@@ -194,7 +194,7 @@ def test_lora_on_random_weights_is_refused(tmp_path: Path) -> None:
     ("method", "message"),
     [
         (BitfitConfig(), "bitfit.* biases, and the layers of LlamaForCausalLM have none; use method.name=lora"),
-        (HeadConfig(), "head.* which model.task=clm has not; use full or lora"),
+        (HeadConfig(), "head.* which does not work with model.task=clm; use full or lora"),
         (PromptConfig(), "virtual tokens before a row.* data.isolate=false"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -40,7 +41,7 @@ def test_the_loss_is_plain_cross_entropy_over_targets(task: ClmTask) -> None:
     batch = task.training_batch(task.global_batch(1))
     logits = torch.randn(*batch["labels"].shape, 61)
     wanted = torch.nn.functional.cross_entropy(logits.view(-1, 61), batch["labels"].view(-1), reduction="sum")
-    assert float(task.loss_sum(logits, batch)) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(task.loss_sum(SimpleNamespace(logits=logits), batch)) == pytest.approx(float(wanted), rel=1e-6)
     losses = token_losses(logits, batch["labels"])
     assert losses.shape == batch["labels"].shape
     assert (losses[batch["labels"] == -100] == 0).all()
@@ -51,12 +52,12 @@ def test_without_samples_there_is_one_row_without_targets(task: ClmTask) -> None
     assert batch["input_ids"].shape == batch["labels"].shape == (1, 48)
     assert (batch["labels"] == -100).all()
     assert set(task.model_inputs(batch)) == {"input_ids", "position_ids"}
-    assert [float(count) for count in task.counts(torch.zeros(1, 48, 61), batch)][:2] == [0, 0]
+    assert [float(count) for count in task.counts(None, batch)][:2] == [0, 0]
 
 
 def test_counts_become_bits_per_byte_and_padding(task: ClmTask) -> None:
     batch = task.training_batch(task.global_batch(0))
-    num_bytes, tokens, positions = (float(count) for count in task.counts(torch.zeros(1), batch))
+    num_bytes, tokens, positions = (float(count) for count in task.counts(None, batch))
     words = [task.tokenizer.decode([int(label)]) for label in batch["labels"].flatten() if 0 <= label < 60]
     assert num_bytes == sum(len(word) for word in words)  # the end of a document is no text
     assert 0 < tokens <= positions == 4 * 48

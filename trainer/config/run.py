@@ -16,7 +16,10 @@ from trainer.config.data import ClassificationData, InstructData, LiveData, Stre
 from trainer.config.method import FullConfig, MethodConfig
 from trainer.config.section import Fraction, MayChange, Probability, Section
 
-MetricName = Literal["loss", "accuracy", "precision", "recall", "f1"]
+MetricName = Literal["loss", "accuracy", "precision", "recall", "f1", "exact_match"]
+TaskName = Literal[
+    "classification", "token_classification", "question_answering", "clm", "mlm", "mlm_pairs", "plm", "seq2seq"
+]
 
 
 class ModelConfig(Section):
@@ -24,8 +27,9 @@ class ModelConfig(Section):
 
     source: str = "asset:minilm"
     """`asset:NAME`, a local folder of a Hugging Face model, or a hub id."""
-    task: Literal["classification", "clm"] = "classification"
-    """What the model's head predicts: a class, or (causal language model) the next token."""
+    task: TaskName = "classification"
+    """What the model's head predicts: a class; a class of each word; where an answer starts and ends; the next token (clm); masked tokens
+    (mlm), and whether two texts belong together (mlm_pairs); tokens in a permuted order (plm); a text from a text (seq2seq)."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the architecture from `source` and trains from scratch."""
     dropout: Probability | None = None
@@ -46,10 +50,19 @@ DataConfig = Annotated[ClassificationData | StreamData | LiveData | InstructData
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("loss", "accuracy", "precision", "recall", "f1"),
-    "clm": ("loss",),
+    "token_classification": ("loss", "precision", "recall", "f1"),
+    "question_answering": ("loss", "exact_match", "f1"),
+    **dict.fromkeys(("clm", "mlm", "mlm_pairs", "plm", "seq2seq"), ("loss",)),
 }
 """What train.metric may watch, by model.task."""
-KINDS = {"classification": ("classification",), "clm": ("stream", "live", "instruct")}
+KINDS: dict[str, tuple[str, ...]] = {
+    "classification": ("classification",),
+    "token_classification": ("tags",),
+    "question_answering": ("questions",),
+    "clm": ("stream", "live", "instruct"),
+    **dict.fromkeys(("mlm", "mlm_pairs", "plm"), ("stream",)),
+    "seq2seq": ("stream", "pairs"),
+}
 """The kinds of data that a task learns from."""
 
 

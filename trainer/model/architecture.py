@@ -12,7 +12,12 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +29,13 @@ from trainer.errors import ConfigError
 
 AUTO_MODELS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
     "clm": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM,
+    "mlm_pairs": AutoModelForPreTraining,
+    "plm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 """model.task -> transformers' loader."""
 
@@ -103,7 +114,7 @@ def load_architecture(
         architecture = AutoConfig.from_pretrained(
             model_location(model.source),
             trust_remote_code=model.trust_remote_code,
-            **(labels if model.task == "classification" else {}),
+            **(labels if model.task in ("classification", "token_classification") else {}),
         )
     except LOADING_ERRORS as error:
         raise source_error(model, "configuration", error) from None

@@ -27,7 +27,7 @@ from trainer.model.architecture import (
     source_error,
 )
 from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
-from trainer.model.heads import encoder_name, head_modules
+from trainer.model.heads import encoder_prefix, head_modules
 from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
 from trainer.model.quantize import keep_layout, num_elements, quantization_config, stored_bytes
@@ -120,7 +120,7 @@ def check_loaded(
     model: ModelConfig, loaded: PreTrainedModel, new_names: Sequence[str], mismatched: Sequence[str]
 ) -> None:
     """ConfigError where the checkpoint is of another model than its configuration says."""
-    prefix = encoder_name(loaded) + "."
+    prefix = encoder_prefix(loaded)
     wrong = [name for name in mismatched if name.startswith(prefix)]
     if wrong:
         raise ConfigError(

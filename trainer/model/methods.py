@@ -15,9 +15,9 @@ from trainer.backend.request import REPLACES_PARAMETERS
 from trainer.backend.wrap import repeated_blocks
 from trainer.config import AdapterConfig, LowRank, MethodConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
-from trainer.model.architecture import load_architecture, meta_model
+from trainer.model.architecture import AUTO_MODELS, load_architecture, meta_model
 from trainer.model.bottleneck import bottleneck_targets, insert_bottlenecks
-from trainer.model.heads import encoder_of, head_modules
+from trainer.model.heads import HEADED_TASKS, encoder_of, head_modules
 from trainer.model.peft_methods import add_peft, is_prompt_learning, peft_settings
 
 Adapt = Callable[[nn.Module, Any, Sequence[str], str], nn.Module]
@@ -84,17 +84,18 @@ def add_bottlenecks(model: nn.Module, method: AdapterConfig, new_modules: Sequen
 
 def trained_modules(model: nn.Module, new_modules: Sequence[str], task: str) -> tuple[str, ...]:
     """Head and new modules: what every method trains beside its own weights."""
-    return (*(head_modules(model) if task == "classification" else ()), *new_modules)
+    return (*(head_modules(model) if task in HEADED_TASKS else ()), *new_modules)
 
 
+LOW_RANK_TASKS = (*HEADED_TASKS, "clm", "seq2seq")
 METHODS: dict[str, Method] = {
-    "full": Method("every weight", train_all, 2e-5, is_adapter=False),
-    "head": Method("the classification head", train_head, 1e-3, tasks=("classification",), is_adapter=False),
+    "full": Method("every weight", train_all, 2e-5, tasks=tuple(AUTO_MODELS), is_adapter=False),
+    "head": Method("the classification head", train_head, 1e-3, tasks=HEADED_TASKS, is_adapter=False),
     "bitfit": Method("biases", train_biases, 1e-3, is_adapter=False),
-    "lora": Method("two low-rank factors a layer", add_peft, 3e-4),
-    "dora": Method("low-rank factors and a magnitude a layer", add_peft, 3e-4),
-    "rslora": Method("low-rank factors, scaled for high ranks", add_peft, 3e-4),
-    "qlora": Method("low-rank factors on a 4-bit or 8-bit base", add_peft, 3e-4),
+    "lora": Method("two low-rank factors a layer", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
+    "dora": Method("low-rank factors and a magnitude a layer", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
+    "rslora": Method("low-rank factors, scaled for high ranks", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
+    "qlora": Method("low-rank factors on a 4-bit or 8-bit base", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
     "vera": Method("scales of shared random factors", add_peft, 3e-3),
     "ia3": Method("factors on keys, values and feed-forward layers", add_peft, 3e-3),
     "prompt": Method("vectors before the embedded text", add_peft, 1e-2),
@@ -118,7 +119,10 @@ def check_method(config: RunConfig, backend: str | None = None) -> None:
         )
     if config.model.task not in row.tasks:
         raise ConfigError(
-            f"method.name ({method.name}) trains {row.words}, which model.task={config.model.task} has not; use full or lora"
+            f"method.name ({method.name}) trains {row.words}, which does not work with model.task={config.model.task}; use "
+            + " or ".join(
+                name for name, other in METHODS.items() if config.model.task in other.tasks and name in ("full", "lora")
+            )
         )
     if config.model.init == "random" and method.name not in ("full", "head"):
         raise ConfigError(

@@ -25,10 +25,16 @@ from trainer.config import (
     VeraConfig,
 )
 from trainer.errors import ConfigError
-from trainer.model.heads import head_modules, without_adapter
+from trainer.model.heads import HEADED_TASKS, head_modules, without_adapter
 from trainer.model.targets import encoder_linears, kind_of, resolve_targets
 
-PEFT_TASKS = {"classification": "SEQ_CLS", "clm": "CAUSAL_LM"}
+PEFT_TASKS = {
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "clm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
 """model.task -> PEFT's name of it."""
 
 
@@ -38,7 +44,7 @@ def add_peft(model: nn.Module, method: MethodConfig, new_modules: Sequence[str],
 
     settings = peft_settings(method, model)
     settings.task_type = PEFT_TASKS[task]
-    heads = head_modules(model) if task == "classification" else ()
+    heads = head_modules(model) if task in HEADED_TASKS else ()
     if heads or new_modules:
         cast(Any, settings).modules_to_save = [*heads, *new_modules]
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.backend.wrap import repeated_blocks
 from trainer.errors import ConfigError
-from trainer.model.heads import encoder_name, encoder_of
+from trainer.model.heads import encoder_of, encoder_prefix, head_modules
 
 
 def resolve_targets(model: nn.Module, targets: Sequence[str] | str, *, setting: str = "method.targets") -> list[str]:
@@ -37,9 +37,9 @@ def resolve_targets(model: nn.Module, targets: Sequence[str] | str, *, setting: 
 
 def encoder_linears(model: nn.Module) -> list[str]:
     """Whole names of all linear layers outside the head: nn.Linear and GPT-2's Conv1D."""
-    prefix = encoder_name(model) + "."
-    kinds = (nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and name.startswith(prefix)]
+    prefix, heads = encoder_prefix(model), head_modules(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name in linears if name.startswith(prefix) and name.split(".")[0] not in heads]
 
 
 def matches(name: str, target: str) -> bool:

@@ -3,6 +3,6 @@
 A task knows nothing of backends but what `Engine` says of ranks, and the loop nothing of what a sample is.
 """
 
-from trainer.task.protocol import Evaluation, Forward, Task, build_task
+from trainer.task.protocol import Evaluation, Forward, Outputs, Task, build_task
 
-__all__ = ["Evaluation", "Forward", "Task", "build_task"]
+__all__ = ["Evaluation", "Forward", "Outputs", "Task", "build_task"]

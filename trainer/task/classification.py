@@ -19,7 +19,7 @@ from trainer.evaluate import evaluate_logits
 from trainer.loss import classification_loss_sum, count_correct
 from trainer.metrics import classification_metrics, confusion
 from trainer.plots import plot_confusion
-from trainer.task.protocol import Batch, Evaluation, Forward, SplitName
+from trainer.task.protocol import Batch, Evaluation, Forward, Outputs, SplitName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,11 +93,11 @@ class ClassificationTask:
     def model_inputs(self, batch: Batch) -> Batch:
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
-    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        return classification_loss_sum(logits, batch["labels"])
+    def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return classification_loss_sum(outputs.logits, batch["labels"])
 
-    def counts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        return (count_correct(logits, batch["labels"]),)
+    def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
+        return (count_correct(outputs.logits, batch["labels"]),)
 
     def train_metrics(
         self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float

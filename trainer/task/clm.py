@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
 from trainer.loss import token_losses
 from trainer.model.architecture import load_architecture
 from trainer.screen import announce
-from trainer.task.protocol import Batch, Evaluation, Forward, SplitName
+from trainer.task.protocol import Batch, Evaluation, Forward, Outputs, SplitName
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 96
 """Of the samples that are generated at the end."""
@@ -78,10 +78,10 @@ class LanguageTask(ABC):
     def model_inputs(self, batch: Batch) -> Batch:
         return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
-    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        return token_losses(logits, batch["labels"]).sum()
+    def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        return token_losses(outputs.logits, batch["labels"]).sum()
 
-    def counts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
         num_bytes = self.target_bytes(batch["labels"]).sum()
         return num_bytes, batch["num_tokens"].sum(), torch.tensor(float(batch["labels"].numel()))
 

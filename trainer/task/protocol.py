@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
-Forward = Callable[[Mapping[str, Tensor]], Any]
-"""A model call that returns an object with `.logits`, such as `engine.forward`."""
+Outputs = Any
+"""What the model returns: transformers' output object, most often with `.logits`."""
+Forward = Callable[[Mapping[str, Tensor]], Outputs]
+"""A model call, such as `engine.forward`."""
 SplitName = Literal["validation", "test"]
 
 
@@ -78,11 +80,11 @@ class Task(Protocol):
     def model_inputs(self, batch: Batch) -> Batch:
         """What of a batch the model is called with."""
 
-    def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Loss summed over the targets of a micro-batch: a scalar, fp32."""
 
-    def counts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """A scalar for each of `count_names`, summed over the micro-batch."""
+    def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
+        """A scalar for each of `count_names`, summed over the micro-batch; called without gradients."""
 
     def train_metrics(
         self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float

@@ -1,6 +1,6 @@
 """Prediction with several adapters on one base: the base is loaded once, and every request names its adapter.
 
-Place in the flow: beside trainer/predict.py, for `samestep predict --adapters`. Invariant: a request's answer is that of its adapter alone.
+Place in the flow: beside classify.py, for `samestep predict --adapters`. Invariant: a request's answer is that of its adapter alone.
 LoRA adapters with equally many labels share batches (PEFT's `adapter_names`); others take turns.
 """
 
@@ -16,7 +16,7 @@ from trainer.errors import CheckpointError
 from trainer.model.adapters import find_adapter
 from trainer.model.bottleneck import SETTINGS_FILE
 from trainer.model.export import load_base
-from trainer.predict import Prediction, Predictor, Text, check_texts
+from trainer.predict.classify import Prediction, Predictor, Text, check_texts
 
 MIXABLE = ("lora", "rslora", "qlora")
 """Methods whose layers PEFT runs with a different adapter for each row of a batch."""
