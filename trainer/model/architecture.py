@@ -3,8 +3,9 @@
 First stop of build_model, and all that checks before a launch need: nothing here loads a weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -102,9 +103,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_architecture(
-    model: ModelConfig, label_names: Sequence[str], *, vocab_size: int | None = None
+    model: ModelConfig,
+    label_names: Sequence[str],
+    *,
+    vocab_size: int | None = None,
+    special_ids: Mapping[str, int] = MappingProxyType({}),
 ) -> PretrainedConfig:
-    """The source's configuration with our labels, dropout rates and, where given, vocabulary.
+    """The source's configuration with our labels, dropout rates and, where given, vocabulary and (for new weights) special tokens.
 
     ConfigError where a rate would have no effect, or the vocabulary of pretrained weights is too small.
     """
@@ -122,6 +127,10 @@ def load_architecture(
     set_dropout(architecture, model)
     if vocab_size is not None:
         set_vocabulary(architecture, model, vocab_size)
+    if model.init == "random":
+        for name, number in special_ids.items():
+            if hasattr(architecture, name):
+                setattr(architecture, name, number)
     if model.task != "classification":
         return cast(PretrainedConfig, architecture)
     architecture.problem_type = "single_label_classification"  # a source may have been trained for something else
