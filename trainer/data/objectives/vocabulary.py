@@ -96,9 +96,14 @@ def texts_of(tokenizer: "PreTrainedTokenizerBase", size: int) -> list[str]:
 
 def begin_words(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
     """(V,) which tokens a word begins with: without ## (WordPiece); with a space or no letter before (others)."""
-    if any(text.startswith("##") for text in texts):
+    if is_word_piece(tokenizer):
         return np.array([not text.startswith("##") for text in texts])
     return np.array([not text[:1].isalnum() for text in texts])
+
+
+def is_word_piece(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether ## marks the tokens that go on a word, as in BERT; elsewhere it may be a token of its own."""
+    return bool(json.loads(cast(Any, tokenizer)._tokenizer.to_str())["model"]["type"] == "WordPiece")
 
 
 def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
