@@ -129,7 +129,7 @@ def load_architecture(
         set_vocabulary(architecture, model, vocab_size)
     if model.init == "random":
         for name, number in special_ids.items():
-            if hasattr(architecture, name):
+            if hasattr(architecture, name) or (name == "decoder_start_token_id" and architecture.is_encoder_decoder):
                 setattr(architecture, name, number)
     if model.task != "classification":
         return cast(PretrainedConfig, architecture)
