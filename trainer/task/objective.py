@@ -9,18 +9,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import RunConfig, StreamData
 from trainer.data.batches import IGNORED
 from trainer.data.objectives import OBJECTIVES, Rows, build_objective
 from trainer.data.objectives.rows import random_rows
-from trainer.data.objectives.vocabulary import complete, vocabulary_of
 from trainer.data.stream.open import Streams, open_streams
 from trainer.data.stream.reader import Stream
-from trainer.errors import ConfigError
 from trainer.loss import token_losses
-from trainer.model.architecture import load_tokenizer
+from trainer.model.vocabulary import objective_vocabulary
 from trainer.screen import announce
 from trainer.task import clm
 from trainer.task.protocol import Batch, Evaluation, Outputs
@@ -41,11 +38,7 @@ class ObjectiveTask(clm.ClmTask):
     def __init__(self, config: RunConfig, streams: Streams) -> None:
         super().__init__(config, streams)
         data = self.settings
-        known = OBJECTIVES[data.objective]
-        self.tokenizer, self.added = objective_tokenizer(config, streams, known.roles)
-        self.vocabulary = vocabulary_of(
-            self.tokenizer, known.roles, objective=data.objective, source=config.model.source
-        )
+        self.tokenizer, self.added, self.vocabulary = objective_vocabulary(config.model, data, streams.tokenizer_file)
         self.vocab_size = self.vocabulary.size
         self.objective = build_objective(data, self.vocabulary, config.train.seed)
         self.held_out = build_objective(data, self.vocabulary, VALIDATION_SEED)
@@ -223,25 +216,6 @@ def permutation_inputs(batch: Batch) -> Batch:
         "token_type_ids": torch.zeros_like(ids),
     }
     return inputs | ({"attention_mask": batch["attention_mask"].float()} if "attention_mask" in batch else {})
-
-
-def objective_tokenizer(
-    config: RunConfig, streams: Streams, roles: tuple[str, ...]
-) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The model's tokenizer; for a model from scratch the data's, completed, and the tokens that were added.
-
-    ConfigError where a pretrained model's is another than the data's.
-    """
-    plain = PreTrainedTokenizerFast(tokenizer_file=str(streams.tokenizer_file))
-    if config.model.init == "random":
-        return plain, complete(plain, roles)
-    own = load_tokenizer(config.model)
-    if own.get_vocab() != plain.get_vocab():
-        raise ConfigError(
-            f"model.source ({config.model.source}) has another tokenizer than the one that made data.sources; make them with its own: "
-            f"samestep data tokenize TEXT --tokenizer {config.model.source}"
-        )
-    return own, []
 
 
 def build(config: RunConfig, accelerator: Accelerator) -> clm.ClmTask:
