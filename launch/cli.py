@@ -16,13 +16,13 @@ import typer
 from launch.adapter import adapter_app
 from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
-from launch.data_look import data_app
 from launch.inspect import inspect
 from launch.job import job_app
 from launch.predict_tasks import predict
 from launch.queue import logs, status
 from launch.submit import cancel, submit
 from launch.template import template_app
+from launch.vocabulary import data_app
 from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import error_text, json_schema
 

@@ -59,9 +59,7 @@ def test_candidates_are_those_of_plain_transformers(
             assert found == pytest.approx(wanted, rel=1e-4)
         words = text.split()
         filled = [w if w != "[MASK]" else None for w in words]
-        assert answer["filled"].split()[:1] == (
-            [filled[0]] if filled[0] else [answer["masks"][0][0]["token"]]
-        )
+        assert answer["filled"].split()[:1] == ([filled[0]] if filled[0] else [answer["masks"][0][0]["token"]])
     assert "3 texts in" in err
 
 
