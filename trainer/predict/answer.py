@@ -44,7 +44,10 @@ class Answerer(Protocol):
         """An answer for each text, in their order; batched, sorted by length. DataError for a text that cannot be answered."""
 
 
-OPENERS: dict[str, str] = {}
+OPENERS: dict[str, str] = {
+    "clm": "trainer.predict.generate:open_answerer",
+    "seq2seq": "trainer.predict.generate:open_answerer",
+}
 """Task -> its `open_answerer(model, tokenizer, info, options)`, imported at need; info is samestep.json, or {} for a model source."""
 
 

@@ -33,7 +33,7 @@ class LanguageTask(ABC):
 
     label_names = ()
     count_names = ("bytes", "tokens", "positions")
-    shown_metrics = ("loss", "perplexity", "bits_per_byte")
+    shown_metrics: tuple[str, ...] = ("loss", "perplexity", "bits_per_byte")
     counted, speed = "targets", "tokens_per_s"
     report_split: SplitName = "validation"
 
@@ -185,12 +185,12 @@ def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
     return task
 
 
-def check_positions(config: RunConfig, sequence_length: int) -> None:
-    """ConfigError for rows that are longer than the model's positions."""
+def check_positions(config: RunConfig, sequence_length: int, *, setting: str = "data.sequence_length") -> None:
+    """ConfigError for rows that are longer than the model's positions. setting: where their length stands."""
     positions = getattr(load_architecture(config.model, ()), "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ConfigError(
-            f"data.sequence_length ({sequence_length}) must be at most {positions}, the positions of model.source "
+            f"{setting} ({sequence_length}) must be at most {positions}, the positions of model.source "
             f"({config.model.source}); lower it, or take a model for longer rows"
         )
 
