@@ -17,7 +17,7 @@ DEFAULTS = RunConfig(
     model=ModelConfig(source="runs/pretrain_t5/model", task="seq2seq"),
     method=FullConfig(),
     data=PairData(source="asset:stdlib", max_length=256, max_target_length=48, generate=64, new_tokens=48),
-    optim=OptimConfig(peak_lr=1e-3, schedule="cosine", warmup_fraction=0.1, weight_decay=0.01),
+    optim=OptimConfig(peak_lr=2e-3, schedule="cosine", warmup_fraction=0.1, weight_decay=0.01),
     train=TrainConfig(max_steps=200, global_batch_size=16, eval_every=50, log_every=10, metric="loss"),
 )
 
