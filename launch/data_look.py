@@ -19,6 +19,9 @@ from trainer.resolve import resolve
 
 __all__ = ["data_app"]
 
+FOUR = "four"
+"""--objective: the figure that explains four of them."""
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Path of a recipe that reads token datasets.")]
 ConfigOption = Annotated[list[Path] | None, typer.Option("--config", help="YAML file of settings; repeatable.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")]
@@ -30,16 +33,30 @@ def show(
     sample: Annotated[int, typer.Argument(metavar="K", min=0, help="Number of a sample, from 0.")],
     settings: Settings = None,
     config: ConfigOption = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="Show it as this objective would: mlm, span_corruption, plm, ...; four: explain four."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write it as a picture (.png).")] = None,
 ) -> None:
-    """Print sample K as the recipe would see it: its source, shard and row, and each document's text.
+    """Print sample K as the recipe would see it: its source, shard and row, each document's text, and what is to be found.
 
-    Example: samestep data show recipes/pretrain_clm.py 4000 train.seed=1
+    Example: samestep data show recipes/pretrain_clm.py 4000 --objective mlm --plot sample.png
     """
-    found, streams = open_recipe(recipe, config, settings)
+    found, streams = open_recipe(recipe, config, settings, objective)
+    if objective == FOUR:
+        from launch.data_objective import show_four
+
+        show_four(found, streams, sample, plot or Path(f"{found.name}-objectives.png"))
+        return
     size = found.train.global_batch_size
     print(f"sample {sample:,} of {found.name}: in step {sample // size + 1:,}, place {sample % size} of {size}")
     for line in describe_sample(streams, sample):
         print(line)
+    if plot is not None or getattr(found.data, "objective", "clm") != "clm":
+        from launch.data_objective import show_marked
+
+        show_marked(found, streams, sample, plot)
 
 
 @data_app.command()
@@ -68,8 +85,10 @@ def bench(
     )
 
 
-def open_recipe(recipe: Path, config: list[Path] | None, settings: list[str] | None) -> tuple[RunConfig, Streams]:
-    """A recipe's settings and streams. ConfigError for one that reads no token datasets."""
+def open_recipe(
+    recipe: Path, config: list[Path] | None, settings: list[str] | None, objective: str | None = None
+) -> tuple[RunConfig, Streams]:
+    """A recipe's settings and streams, as they are or with another objective. ConfigError for one that reads no token datasets."""
     defaults = load_recipe(recipe).DEFAULTS
     arguments = [*(part for file in config or () for part in ("--config", str(file))), *(settings or ())]
     found = resolve(type(defaults), defaults, arguments).config
@@ -77,6 +96,10 @@ def open_recipe(recipe: Path, config: list[Path] | None, settings: list[str] | N
         raise ConfigError(
             f"recipe ({recipe}) has data.kind={found.data.kind}, and no token datasets; give one of kind stream"
         )
+    if objective not in (None, FOUR):
+        from launch.data_objective import with_objective
+
+        found = with_objective(found, objective)
     return found, open_streams(found)
 
 

@@ -39,7 +39,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     try:
         accelerator = build_accelerator(config)
         task = build_task(config, accelerator)
-        model = build_model(config, task.label_names, accelerator, vocab_size=task.vocab_size)
+        ids = getattr(task, "special_ids", None)
+        model = build_model(config, task.label_names, accelerator, vocab_size=task.vocab_size, special_ids=ids)
         trainer = Trainer(config, accelerator, model, task)
         note_steps(trainer, facts)
         trainer.fit()

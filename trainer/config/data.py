@@ -59,11 +59,33 @@ class ClassificationData(Section):
         return self
 
 
+ObjectiveName = Literal["clm", "mlm", "mlm_nsp", "mlm_sop", "span_corruption", "infilling", "plm"]
+TASK_OF_OBJECTIVE: dict[str, str] = {
+    "clm": "clm",
+    "mlm": "mlm",
+    "mlm_nsp": "mlm_pairs",
+    "mlm_sop": "mlm_pairs",
+    "span_corruption": "seq2seq",
+    "infilling": "seq2seq",
+    "plm": "plm",
+}
+"""data.objective -> the model.task that can learn it."""
+
+
 class StreamData(Section):
     """Token datasets, as `samestep data tokenize` or `adopt` make them, packed into rows and mixed by weight."""
 
     kind: Literal["stream"] = "stream"
     """The kind of data."""
+    objective: ObjectiveName = "clm"
+    """What is learned of a row: the next token (clm); masked tokens as BERT's (mlm), jointly with whether a text follows another (mlm_nsp)
+    or the order of two (mlm_sop); T5's span_corruption; BART's infilling; XLNet's permuted order (plm)."""
+    noise_fraction: Annotated[float | None, Field(gt=0.0, lt=1.0)] = None
+    """Share of the tokens that is masked, corrupted or permuted. None: the paper's: 0.15; infilling 0.3; plm 1/6."""
+    mean_span: Annotated[float, Field(ge=1.0)] = 3.0
+    """Mean length of the spans of span_corruption and infilling, tokens."""
+    whole_words: bool = False
+    """Mask all tokens of a word or none, for masked tokens."""
     sources: tuple[str, ...] = ("asset:stdlib",)
     """Folders or URLs of token datasets, all made with one tokenizer; `asset:stdlib` is the running Python's standard library."""
     weights: tuple[NonNegativeFloat, ...] | None = None
@@ -93,6 +115,11 @@ class StreamData(Section):
     def _weights_fit_the_sources(self) -> Self:
         if not self.sources:
             raise ValueError("sources () must name at least one token dataset")
+        if self.objective != "clm" and self.isolate:
+            raise ValueError(
+                f"isolate (true) works with objective=clm only, and objective is {self.objective}, whose models see a whole row; set "
+                "isolate=false"
+            )
         if self.weights is not None and len(self.weights) != len(self.sources):
             raise ValueError(f"weights {self.weights} must be as many as sources {self.sources}")
         return self

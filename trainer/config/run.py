@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData
+from trainer.config.data import TASK_OF_OBJECTIVE, ClassificationData, InstructData, LiveData, StreamData
 from trainer.config.method import FullConfig, MethodConfig
 from trainer.config.pairs import PairData
 from trainer.config.section import Fraction, MayChange, Probability, Section
@@ -192,6 +192,10 @@ class RunConfig(Section):
         if self.data.kind not in KINDS[task]:
             raise ValueError(
                 f"model.task ({task}) learns from data.kind={' or '.join(KINDS[task])}, not from {self.data.kind}"
+            )
+        if isinstance(self.data, StreamData) and TASK_OF_OBJECTIVE[self.data.objective] != task:
+            raise ValueError(
+                f"data.objective ({self.data.objective}) needs model.task={TASK_OF_OBJECTIVE[self.data.objective]}, not {task}; set it"
             )
         if self.data.kind == "live" and self.train.max_steps is None:
             raise ValueError("data.kind (live) has no known length; set train.max_steps, and train.num_epochs=none")

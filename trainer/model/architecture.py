@@ -3,8 +3,10 @@
 First stop of build_model, and all that checks before a launch need: nothing here loads a weight.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -38,6 +40,8 @@ AUTO_MODELS: dict[str, Any] = {
     "seq2seq": AutoModelForSeq2SeqLM,
 }
 """model.task -> transformers' loader."""
+TELLING_INPUTS = {"plm": ("perm_mask",), "mlm_pairs": ("next_sentence_label", "sentence_order_label")}
+"""Tasks whose loader opens models that cannot do them -> an input that one which can takes."""
 
 # What each of our three rates is called in the configurations of transformers' architectures.
 DROPOUT_FIELDS = {
@@ -102,9 +106,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_architecture(
-    model: ModelConfig, label_names: Sequence[str], *, vocab_size: int | None = None
+    model: ModelConfig,
+    label_names: Sequence[str],
+    *,
+    vocab_size: int | None = None,
+    special_ids: Mapping[str, int] = MappingProxyType({}),
 ) -> PretrainedConfig:
-    """The source's configuration with our labels, dropout rates and, where given, vocabulary.
+    """The source's configuration with our labels, dropout rates and, where given, vocabulary and (for new weights) special tokens.
 
     ConfigError where a rate would have no effect, or the vocabulary of pretrained weights is too small.
     """
@@ -122,6 +130,10 @@ def load_architecture(
     set_dropout(architecture, model)
     if vocab_size is not None:
         set_vocabulary(architecture, model, vocab_size)
+    if model.init == "random":
+        for name, number in special_ids.items():
+            if hasattr(architecture, name) or (name == "decoder_start_token_id" and architecture.is_encoder_decoder):
+                setattr(architecture, name, number)
     if model.task != "classification":
         return cast(PretrainedConfig, architecture)
     architecture.problem_type = "single_label_classification"  # a source may have been trained for something else
@@ -163,6 +175,27 @@ def set_dropout(architecture: PretrainedConfig, model: ModelConfig) -> None:
 def has_attention_dropout(architecture: PretrainedConfig) -> bool:
     """Whether attention probabilities are dropped in training."""
     return any((getattr(architecture, field, None) or 0.0) > 0.0 for field in DROPOUT_FIELDS["attention_dropout"])
+
+
+def check_task(model: ModelConfig, architecture: PretrainedConfig) -> None:
+    """ConfigError for an architecture that cannot do model.task, with the tasks that it can."""
+    if model.trust_remote_code or can_do(model.task, architecture):
+        return
+    able = [task for task in AUTO_MODELS if can_do(task, architecture)]
+    raise ConfigError(
+        f"model.task ({model.task}): model.source ({model.source}) is of kind {architecture.model_type}, which cannot do it; take a model "
+        f"that can, or one of {', '.join(able) or 'none of our tasks'}"
+    )
+
+
+def can_do(task: str, architecture: PretrainedConfig) -> bool:
+    """Whether transformers has a model of this architecture for a task."""
+    known = AUTO_MODELS[task]._model_mapping
+    if type(architecture) not in known:
+        return False
+    kinds = known[type(architecture)]
+    inputs = inspect.signature((kinds[0] if isinstance(kinds, tuple) else kinds).forward).parameters
+    return task not in TELLING_INPUTS or any(name in inputs for name in TELLING_INPUTS[task])
 
 
 def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrainedModel:

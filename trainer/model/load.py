@@ -4,7 +4,7 @@ Every rank builds the same model: new weights are drawn from `train.seed` on the
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,22 @@ MAX_NEW_FRACTION = 0.5  # of the encoder's parameters; more missing ones mean th
 
 
 def build_model(
-    config: RunConfig, label_names: Sequence[str], accelerator: Accelerator, *, vocab_size: int | None = None
+    config: RunConfig,
+    label_names: Sequence[str],
+    accelerator: Accelerator,
+    *,
+    vocab_size: int | None = None,
+    special_ids: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """The model of `config` on the CPU, its method applied; rank 0 prints a summary. Draws from torch's global generator.
 
-    label_names: of the classes; empty for a language model. vocab_size: of the data's tokenizer, where it decides.
+    label_names: of the classes; empty for a language model. vocab_size, special_ids: of the data's
+    tokenizer, where it decides (see Task).
     Every rank calls it; no collective. ConfigError for a source, a setting or a target that does not fit.
     """
     request = read_request(os.environ)
     check_method(config, request.backend)
-    architecture = load_architecture(config.model, label_names, vocab_size=vocab_size)
+    architecture = load_architecture(config.model, label_names, vocab_size=vocab_size, special_ids=special_ids or {})
     torch.manual_seed(config.train.seed)
     quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
     plain, new_names = load_weights(config.model, architecture, quantization)

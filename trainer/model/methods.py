@@ -15,7 +15,7 @@ from trainer.backend.request import REPLACES_PARAMETERS
 from trainer.backend.wrap import repeated_blocks
 from trainer.config import AdapterConfig, LowRank, MethodConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
-from trainer.model.architecture import AUTO_MODELS, load_architecture, meta_model
+from trainer.model.architecture import AUTO_MODELS, check_task, load_architecture, meta_model
 from trainer.model.bottleneck import bottleneck_targets, insert_bottlenecks
 from trainer.model.heads import HEADED_TASKS, encoder_of, head_modules
 from trainer.model.peft_methods import add_peft, is_prompt_learning, peft_settings
@@ -132,6 +132,7 @@ def check_method(config: RunConfig, backend: str | None = None) -> None:
     if is_prompt_learning(method):
         check_virtual_tokens(config)
     architecture = load_architecture(config.model, ("0", "1"))
+    check_task(config.model, architecture)
     check_not_quantized(config.model.source, architecture)
     check_layers(meta_model(config.model, architecture), method)
 

@@ -26,7 +26,13 @@ def _check_data(config: RunConfig) -> None:
     elif isinstance(config.data, StreamData):
         from trainer.data.stream.open import open_streams
 
-        open_streams(config)
+        streams = open_streams(config)
+        if config.data.objective != "clm":
+            from trainer.data.objectives import build_objective
+            from trainer.model.vocabulary import objective_vocabulary
+
+            _, _, vocabulary = objective_vocabulary(config.model, config.data, streams.tokenizer_file)
+            build_objective(config.data, vocabulary, config.train.seed)
     elif isinstance(config.data, InstructData):
         from trainer.data.conversations import read_conversations
 

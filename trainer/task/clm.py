@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trainer.backend import Engine
 from trainer.config import LiveData, RunConfig, StreamData
 from trainer.data.batches import IGNORED, rank_share
+from trainer.data.objectives.vocabulary import is_byte_level
 from trainer.data.stream.open import Streams, open_streams
 from trainer.errors import ConfigError
 from trainer.loss import token_losses
@@ -47,6 +48,11 @@ class LanguageTask(ABC):
             steps_per_epoch,
         )
         self.token_bytes = torch.from_numpy(bytes_of_tokens(tokenizer, vocab_size))
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """None: the configuration of the model says them."""
+        return {}
 
     @property
     @abstractmethod
@@ -100,20 +106,30 @@ class LanguageTask(ABC):
         }
 
     def evaluate(self, forward: Forward, engine: Engine, split: SplitName) -> Evaluation:
-        sums = torch.zeros(self.num_validation_rows, 3, dtype=torch.float64)  # of each row: loss, targets, bytes
+        sums: Tensor | None = None
         together = self.config.train.eval_batch_size * engine.world_size
         with torch.no_grad():
-            for start in range(0, len(sums), together):
-                ids = np.arange(start, min(start + together, len(sums)))
+            for start in range(0, self.num_validation_rows, together):
+                ids = np.arange(start, min(start + together, self.num_validation_rows))
                 share = rank_share(ids, engine.rank, engine.world_size)
                 batch = engine.to_device(self.validation_batch(share))
-                losses = token_losses(forward(self.model_inputs(batch)).logits, batch["labels"])
-                labels = batch["labels"]
-                columns = (losses.double(), (labels != IGNORED).double(), self.target_bytes(labels).double())
-                rows = torch.stack([column.sum(dim=1) for column in columns], dim=1)
-                sums[torch.from_numpy(share)] = rows[: len(share)].cpu()
-        loss, targets, num_bytes = engine.sum_array_over_ranks(sums).sum(dim=0).tolist()
-        return Evaluation(language_metrics(loss, targets, num_bytes))
+                rows = self.row_sums(forward(self.model_inputs(batch)), batch).cpu()
+                if sums is None:
+                    sums = torch.zeros(self.num_validation_rows, rows.shape[1], dtype=torch.float64)
+                sums[torch.from_numpy(share)] = rows[: len(share)]
+        assert sums is not None, "there are held-out rows"
+        return Evaluation(self.metrics_of(engine.sum_array_over_ranks(sums)))
+
+    def row_sums(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """(B, K) fp64 what an evaluation adds up of each row: here loss, targets and their bytes."""
+        labels = batch["labels"]
+        columns = (token_losses(outputs.logits, labels), labels != IGNORED, self.target_bytes(labels))
+        return torch.stack([column.double().sum(dim=1) for column in columns], dim=1)
+
+    def metrics_of(self, sums: Tensor) -> dict[str, float]:
+        """Metrics of a split from the sums of its rows, (N, K)."""
+        loss, targets, num_bytes = sums.sum(dim=0).tolist()
+        return language_metrics(loss, targets, num_bytes)
 
     def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
         return {}
@@ -188,7 +204,7 @@ def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
 def check_positions(config: RunConfig, sequence_length: int, *, setting: str = "data.sequence_length") -> None:
     """ConfigError for rows that are longer than the model's positions. setting: where their length stands."""
     positions = getattr(load_architecture(config.model, ()), "max_position_embeddings", None)
-    if positions is not None and sequence_length > positions:
+    if positions is not None and 0 < positions < sequence_length:  # XLNet says -1: it has no limit
         raise ConfigError(
             f"{setting} ({sequence_length}) must be at most {positions}, the positions of model.source "
             f"({config.model.source}); lower it, or take a model for longer rows"
@@ -237,8 +253,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> np.n
 
     Byte-level tokens have one character a byte; SentencePiece writes a space as U+2581 and single bytes as <0xNN>.
     """
-    kind = json.loads(cast(Any, tokenizer)._tokenizer.to_str())
-    is_byte_level = '"ByteLevel"' in json.dumps([kind["pre_tokenizer"], kind["decoder"]])
+    by_bytes = is_byte_level(tokenizer)
     special = set(tokenizer.all_special_ids)
     sizes = np.zeros(vocabulary, np.float64)
     for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(vocabulary)))):
@@ -246,7 +261,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> np.n
             continue
         is_byte = len(token) == 6 and token.startswith("<0x")
         plain = token.removeprefix("##").replace("\u2581", " ")
-        sizes[number] = len(token) if is_byte_level else 1 if is_byte else len(plain.encode())
+        sizes[number] = len(token) if by_bytes else 1 if is_byte else len(plain.encode())
     return sizes
 
 

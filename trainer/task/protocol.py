@@ -41,6 +41,8 @@ class Task(Protocol):
     """Names of the classes; empty where the model predicts tokens."""
     vocab_size: int | None
     """Of a model that is trained from scratch; None keeps that of its configuration."""
+    special_ids: Mapping[str, int]
+    """Special tokens that the configuration of a model from scratch is told of, by its own names; only tasks on rows have it."""
     steps_per_epoch: int
     count_names: tuple[str, ...]
     """What `counts` counts, beside the targets."""
@@ -103,7 +105,7 @@ class Task(Protocol):
 
 TASKS = {
     "classification": "trainer.task.classification:build",
-    "stream": "trainer.task.clm:build",
+    "stream": "trainer.task.objective:build",
     "live": "trainer.task.live:build",
     "instruct": "trainer.task.instruct:build",
     "pairs": "trainer.task.seq2seq:build",

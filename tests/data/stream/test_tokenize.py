@@ -150,6 +150,6 @@ def test_missing_files_and_wrong_tokenizers_are_data_errors(tokenizer: Path, tmp
 
 def test_the_standard_library_is_real_text() -> None:
     files = stdlib_files()
-    assert len(files) > 1000
+    assert len(files) > 500  # Debian packages it without its own tests
     first = next(read_documents(["asset:stdlib"], "text"))
     assert first.text == files[0].read_text(encoding="utf-8")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from trainer.config import RunConfig, StreamData
 from trainer.data.assets import cache_folder
+from trainer.data.objectives import row_length
 from trainer.data.stream.mix import Stage
 from trainer.data.stream.reader import Stream, StreamSettings
 from trainer.data.stream.remote import RemoteDataset, is_url
+from trainer.data.stream.sentences import SENTENCES, sentences_dataset
 from trainer.data.stream.stdlib import PARTS, stdlib_dataset
 from trainer.errors import ConfigError, DataError
 
@@ -32,11 +34,12 @@ def open_streams(config: RunConfig) -> Streams:
     assert isinstance(data, StreamData), data.kind
     num_remote = sum(map(is_url, (*data.sources, data.validation)))
     datasets = [open_dataset(source, data, num_remote) for source in data.sources]
+    length = row_length(data)
     train = Stream(
-        datasets, settings_of(data, config.train.seed), stages=stages_of(data), plan_folder=plan_folder(data)
+        datasets, settings_of(data, config.train.seed, length), stages=stages_of(data), plan_folder=plan_folder(data)
     )
     check_capacity(train, data, config)
-    validation = open_validation(open_dataset(data.validation, data, num_remote), data, train)
+    validation = open_validation(open_dataset(data.validation, data, num_remote), data, train, length)
     steps_per_epoch = max(sum(train.rows) // config.train.global_batch_size, 1)
     rows = min(sum(validation.rows), data.validation_rows or sum(validation.rows))
     return Streams(train, validation, rows, steps_per_epoch, tokenizer_file(train))
@@ -50,15 +53,17 @@ def open_dataset(source: str, data: StreamData, num_remote: int) -> Path | Remot
         return remote
     if source in PARTS:
         return stdlib_dataset(source)
+    if source in SENTENCES:
+        return sentences_dataset(source)
     if source.startswith("asset:"):
-        raise DataError(f"data.sources ({source}): no such token dataset; there are {', '.join(PARTS)}")
+        raise DataError(f"data.sources ({source}): no such token dataset; there are {', '.join([*PARTS, *SENTENCES])}")
     return Path(source).expanduser()
 
 
-def settings_of(data: StreamData, seed: int) -> StreamSettings:
-    """How training rows are made."""
+def settings_of(data: StreamData, seed: int, length: int) -> StreamSettings:
+    """How training rows of so many tokens are made."""
     return StreamSettings(
-        sequence_length=data.sequence_length,
+        sequence_length=length,
         packing=data.packing,
         isolate=data.isolate,
         seed=seed,
@@ -67,9 +72,9 @@ def settings_of(data: StreamData, seed: int) -> StreamSettings:
     )
 
 
-def open_validation(dataset: Path | RemoteDataset, data: StreamData, train: Stream) -> Stream:
+def open_validation(dataset: Path | RemoteDataset, data: StreamData, train: Stream, length: int) -> Stream:
     """The held-out rows, in the order of the files, the same whatever the seed."""
-    settings = StreamSettings(data.sequence_length, data.packing, data.isolate, shuffle=False)
+    settings = StreamSettings(length, data.packing, data.isolate, shuffle=False)
     opened = Stream([dataset], settings, plan_folder=plan_folder(data))
     if opened.tokenizer != train.tokenizer:
         raise DataError(f"data.validation ({data.validation}) was made with another tokenizer than data.sources")

@@ -1,0 +1,36 @@
+"""Pretraining of a small XLNet from scratch by permutation language modelling, on Python's standard library.
+
+accelerate launch recipes/pretrain_xlnet.py
+samestep run recipes/pretrain_xlnet.py --backend fsdp --processes 2 train.max_steps=100
+samestep data show recipes/pretrain_xlnet.py 0 --plot pretrain_xlnet.png
+"""
+
+from pathlib import Path
+
+from trainer.backend import build_accelerator
+from trainer.config import ModelConfig, OptimConfig, RunConfig, StreamData, TrainConfig
+from trainer.loop import Trainer
+from trainer.model.load import build_model
+from trainer.resolve import run_recipe
+from trainer.task import build_task
+
+DEFAULTS = RunConfig(
+    name="pretrain_xlnet",
+    model=ModelConfig(source=str(Path(__file__).parent / "models/xlnet-6m"), task="plm", init="random"),
+    data=StreamData(objective="plm", sequence_length=256, packing="concat", isolate=False),
+    optim=OptimConfig(peak_lr=1e-3, schedule="cosine", warmup_fraction=0.05, min_lr_fraction=0.1, weight_decay=0.1),
+    train=TrainConfig(max_steps=300, global_batch_size=16, eval_every=100, eval_batch_size=16, metric="loss"),
+)
+
+
+def main(config: RunConfig) -> None:
+    """Which token sees which is worked out on the model's device, from the order of each row."""
+    accelerator = build_accelerator(config)
+    task = build_task(config, accelerator)
+    ids = task.special_ids
+    model = build_model(config, task.label_names, accelerator, vocab_size=task.vocab_size, special_ids=ids)
+    Trainer(config, accelerator, model, task).fit()
+
+
+if __name__ == "__main__":
+    run_recipe(main, DEFAULTS)

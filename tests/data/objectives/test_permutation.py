@@ -1,0 +1,85 @@
+"""XLNet's order: masks as transformers makes them from the same order, spans by the same rule, and no way round the order."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data.batches import IGNORED
+from trainer.data.objectives.permutation import Permutation
+from trainer.data.objectives.rows import Rows, Vocabulary
+from trainer.task.objective import permutation_inputs
+
+PAD, START, END, FIRST, SIZE, LENGTH = 0, 1, 2, 3, 300, 128
+
+
+def objective() -> Permutation:
+    numbers = np.arange(SIZE)
+    words = Vocabulary(SIZE, PAD, START, END, -1, np.zeros(0, np.int64), numbers < FIRST, numbers >= 0, numbers < 0)
+    return Permutation(words, LENGTH, 3, 1 / 6, 5)
+
+
+def rows(count: int, held: int = LENGTH - 2) -> Rows:
+    return Rows(
+        np.random.default_rng(0).integers(FIRST, SIZE, (count, LENGTH - 2)), np.full(count, held), np.arange(count)
+    )
+
+
+def batch_of(count: int, held: int = LENGTH - 2) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in objective().batch(rows(count, held)).items()}
+
+
+def transformers_mask(order: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The lines of DataCollatorForPermutationLanguageModeling.torch_mask_tokens for one row, with its random order given."""
+    perm_index = order.clone()
+    perm_index.masked_fill_(~chosen, -1)
+    return (perm_index.reshape((len(order), 1)) <= perm_index.reshape((1, len(order)))) & chosen
+
+
+def test_the_mask_is_that_of_transformers_for_the_same_order() -> None:
+    batch = batch_of(20)
+    hidden = permutation_inputs(batch)["perm_mask"]
+    for row in range(20):
+        wanted = transformers_mask(batch["order"][row], batch["order"][row] >= 0)
+        assert torch.equal(hidden[row].bool(), wanted)
+
+
+def test_no_target_sees_itself_or_a_later_one_by_any_way() -> None:
+    """Through any number of layers: a token may see what those see that it sees. Special tokens may not lead round the order."""
+    batch = batch_of(4, held=100)
+    inputs = permutation_inputs(batch)
+    for row in range(4):
+        order = batch["order"][row]
+        sees = inputs["perm_mask"][row] == 0
+        reach = (sees | torch.eye(LENGTH, dtype=torch.bool)).float()
+        for _ in range(8):
+            reach = ((reach @ reach) > 0).float()
+        targets = torch.nonzero(order >= 0).flatten()
+        for target in targets.tolist():
+            seen_by_query = sees[target].float() @ reach > 0
+            later = targets[order[targets] >= order[target]]
+            assert not seen_by_query[later].any()
+
+
+def test_spans_have_the_rule_s_lengths_and_share() -> None:
+    chosen = objective().spans(np.arange(8000))
+    assert chosen.size > 10**6
+    assert chosen[:, : LENGTH - 30].mean() == pytest.approx(1 / 6, abs=0.002)
+    runs = np.diff(np.flatnonzero(np.diff(np.pad(chosen, ((0, 0), (1, 1))).ravel().astype(np.int8))))[::2]
+    assert set(np.unique(runs)) <= set(range(1, 11))  # two spans may touch
+    assert np.bincount(runs)[1:6].min() > 1000
+
+
+def test_targets_name_the_predicted_tokens_and_the_mapping_points_at_them() -> None:
+    batch = batch_of(10, held=90)
+    inputs = permutation_inputs(batch)
+    counts = (batch["order"] >= 0).sum(dim=1)
+    for row in range(10):
+        places = torch.nonzero(batch["order"][row] >= 0).flatten()
+        assert batch["targets"][row, : counts[row]].tolist() == places.tolist()
+        assert batch["labels"][row, : counts[row]].tolist() == batch["input_ids"][row, places].tolist()
+        assert (batch["labels"][row, counts[row] :] == IGNORED).all()
+        assert inputs["target_mapping"][row, : counts[row]].argmax(dim=1).tolist() == places.tolist()
+        assert sorted(batch["order"][row, places].tolist()) == sorted(set(batch["order"][row, places].tolist()))
+    assert (batch["input_ids"][:, 90] == END).all() and (batch["input_ids"][:, 91] == START).all()
+    assert inputs["attention_mask"].sum(dim=1).tolist() == [92] * 10
+    assert (batch["order"][:, 90:] == -1).all()

@@ -1,0 +1,74 @@
+"""`samestep data show --objective --plot`: marked text and pictures of real samples."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from launch.data_objective import STYLES
+from tests.tiny import tiny_llama, tiny_tokens
+from trainer.data.objectives.marks import KINDS
+from trainer.data.objectives.pictures import COLORS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("shown")
+    tiny_llama(folder / "model")
+    tiny_tokens(folder / "tokens", 60)
+    data = [f"data.sources={folder / 'tokens'}", f"data.validation={folder / 'tokens'}", "data.sequence_length=48"]
+    return [
+        *data,
+        f"model.source={folder / 'model'}",
+        "data.max_epochs=50",
+        "train.max_steps=2",
+        f"data.cache={folder}",
+    ]
+
+
+def show(settings: list[str], *words: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["data", "show", str(ROOT / "recipes" / "pretrain_clm.py"), "3", *settings, *words])
+    assert done.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("mlm", "[<mask>="),
+        ("mlm_nsp", "of the two texts: "),
+        ("span_corruption", "--- to be found"),
+        ("infilling", "<mask>"),
+        ("plm", "[0:"),
+    ],
+)
+def test_what_is_to_be_found_is_marked(
+    objective: str, words: str, settings: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "sample.png"
+    show(settings, "--objective", objective, "--plot", str(picture))
+    said = capsys.readouterr().out
+    assert words in said
+    assert f"wrote {picture}" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_figure_explains_four(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(settings, "--objective", "four", "--plot", str(tmp_path / "four.png"))
+    assert (tmp_path / "four.png").stat().st_size > 20_000
+    assert "four.png" in capsys.readouterr().out
+
+
+def test_an_unknown_objective_is_refused(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["data", "show", str(ROOT / "recipes" / "pretrain_clm.py"), "3", *settings, "--objective", "bert"])
+    assert done.value.code == 2
+    assert "--objective (bert): must be one of clm, mlm" in capsys.readouterr().err
+
+
+def test_every_kind_has_a_colour_and_a_meaning() -> None:
+    assert set(KINDS) == set(COLORS) == set(STYLES)
+    assert len(np.unique(list(COLORS.values()))) == len(COLORS)

@@ -1,0 +1,35 @@
+"""The tokenizer of a run on token datasets, with the special tokens that its objective needs. Loads no weights."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from trainer.config import ModelConfig, StreamData
+from trainer.data.objectives import OBJECTIVES, Vocabulary
+from trainer.data.objectives.vocabulary import complete, vocabulary_of
+from trainer.errors import ConfigError
+from trainer.model.architecture import load_tokenizer
+
+
+def objective_vocabulary(
+    model: ModelConfig, data: StreamData, tokenizer_file: Path
+) -> tuple[PreTrainedTokenizerBase, list[str], Vocabulary]:
+    """The tokenizer, the special tokens that were added to it, and its vocabulary.
+
+    tokenizer_file: of the data. A pretrained model brings its own, a model from scratch takes the data's, completed. ConfigError where
+    the two differ, or a special token that data.objective needs is missing.
+    """
+    roles = OBJECTIVES[data.objective].roles
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+    added: list[str] = []
+    if model.init == "random":
+        added = complete(tokenizer, roles)
+    else:
+        own = load_tokenizer(model)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"model.source ({model.source}) has another tokenizer than the one that made data.sources; make them with its own: "
+                f"samestep data tokenize TEXT --tokenizer {model.source}"
+            )
+        tokenizer = own
+    return tokenizer, added, vocabulary_of(tokenizer, roles, objective=data.objective, source=model.source)

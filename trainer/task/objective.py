@@ -1,0 +1,233 @@
+"""Objectives beside the next token, on rows of token datasets: masked tokens, pairs, spans, permuted order (trainer/data/objectives)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer.config import RunConfig, StreamData
+from trainer.data.batches import IGNORED
+from trainer.data.objectives import OBJECTIVES, Rows, build_objective
+from trainer.data.objectives.rows import random_rows
+from trainer.data.stream.open import Streams, open_streams
+from trainer.data.stream.reader import Stream
+from trainer.loss import token_losses
+from trainer.model.vocabulary import objective_vocabulary
+from trainer.screen import announce
+from trainer.task import clm
+from trainer.task.protocol import Batch, Evaluation, Outputs
+
+VALIDATION_SEED = 2**40
+"""Held-out rows are masked the same way whatever train.seed is."""
+OTHERS = 31  # key of the random words
+SHOWN = 3
+"""Held-out rows in samples.txt."""
+
+
+class ObjectiveTask(clm.ClmTask):
+    """Implements `Task`; see protocol.py."""
+
+    count_names = ("correct", "tokens", "positions")
+    shown_metrics: tuple[str, ...] = ("loss", "perplexity", "accuracy")
+
+    def __init__(self, config: RunConfig, streams: Streams) -> None:
+        super().__init__(config, streams)
+        data = self.settings
+        self.tokenizer, self.added, self.vocabulary = objective_vocabulary(config.model, data, streams.tokenizer_file)
+        self.vocab_size = self.vocabulary.size
+        self.objective = build_objective(data, self.vocabulary, config.train.seed)
+        self.held_out = build_objective(data, self.vocabulary, VALIDATION_SEED)
+        if self.is_paired:
+            self.shown_metrics = (*self.shown_metrics, "pair_accuracy")
+
+    @property
+    def settings(self) -> StreamData:
+        """Section data."""
+        assert isinstance(self.config.data, StreamData)
+        return self.config.data
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether pairs of segments are judged too."""
+        return self.settings.objective in ("mlm_nsp", "mlm_sop")
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """What the configuration of a model from scratch must say of the tokenizer."""
+        vocabulary = self.vocabulary
+        start = vocabulary.pad if self.settings.objective == "span_corruption" else vocabulary.end
+        return {
+            "pad_token_id": vocabulary.pad,
+            "bos_token_id": vocabulary.start if vocabulary.start >= 0 else vocabulary.pad,
+            "eos_token_id": vocabulary.end,
+            "decoder_start_token_id": start,
+            "forced_eos_token_id": vocabulary.end,
+        }
+
+    def model_info(self) -> dict[str, object]:
+        return {**super().model_info(), "objective": self.settings.objective}
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        if self.config.model.init == "pretrained":
+            return {}
+        names = ("pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
+        roles = {name: getattr(self.tokenizer, name) for name in names if getattr(self.tokenizer, name) is not None}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        return {
+            "tokenizer.json": cast(Any, self.tokenizer).backend_tokenizer.to_str().encode(),
+            "tokenizer_config.json": json.dumps(settings).encode(),
+        }
+
+    def usage(self, folder: Path) -> str:
+        kind = type(self.objective).__name__
+        mask = f"The {self.tokenizer.mask_token} of a function." if kind in ("Mlm", "MlmPairs") else "your text"
+        return f'samestep predict {folder} "{mask}"'
+
+    # Batches
+
+    def training_batch(self, ids: np.ndarray) -> Batch:
+        return self.made(self.objective, self.streams.train, ids, sum(self.streams.train.rows))
+
+    def validation_batch(self, ids: np.ndarray) -> Batch:
+        return self.made(self.held_out, self.streams.validation, ids, self.num_validation_rows)
+
+    def made(self, objective: Any, stream: Stream, ids: np.ndarray, num_rows: int) -> Batch:
+        """CPU tensors of these samples. Without ids: the first sample, without targets."""
+        samples = ids if len(ids) else np.zeros(1, np.int64)
+        rows = self.rows(stream, samples)
+        if self.is_paired:
+            others = (random_rows(samples, 1, objective.seed, OTHERS)[:, 0] % np.uint64(num_rows)).astype(np.int64)
+            others = np.where(others == samples, (others + 1) % num_rows, others)
+            rows = Rows(rows.ids, rows.held, rows.samples, rows.documents, self.rows(stream, others))
+        batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in objective.batch(rows).items()}
+        if not len(ids):
+            batch |= {
+                name: torch.full_like(batch[name], IGNORED) for name in ("labels", "pair_labels") if name in batch
+            }
+        return batch | {"num_tokens": torch.from_numpy(rows.held[: len(ids)])}
+
+    def rows(self, stream: Stream, samples: np.ndarray) -> Rows:
+        """Rows of a stream, as an objective takes them."""
+        read = stream.batch(samples.tolist(), document_ids=self.is_paired)
+        return Rows(read["input_ids"], read["num_tokens"], samples, read.get("document_ids"))
+
+    def model_inputs(self, batch: Batch) -> Batch:
+        if "order" in batch:
+            return permutation_inputs(batch)
+        return {name: tensor for name, tensor in batch.items() if name not in ("labels", "pair_labels", "num_tokens")}
+
+    # Losses
+
+    def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        loss = token_losses(logits_of(outputs), batch["labels"]).sum()
+        if not self.is_paired:
+            return loss
+        return loss + cast(Any, self.objective).pair_weight * pair_losses(outputs, batch["pair_labels"]).sum()
+
+    def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
+        found = logits_of(outputs).argmax(dim=-1) == batch["labels"]
+        return found.sum(), batch["num_tokens"].sum(), torch.tensor(float(batch["input_ids"].numel()))
+
+    def train_metrics(
+        self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float
+    ) -> dict[str, float]:
+        return {
+            "train/accuracy": counts["correct"] / max(num_targets, 1),
+            "train/padding": 1 - counts["tokens"] / max(counts["positions"], 1),
+            "tokens_per_s": counts["tokens"] / seconds,
+        }
+
+    def row_sums(self, outputs: Outputs, batch: Batch) -> Tensor:
+        logits, labels = logits_of(outputs), batch["labels"]
+        columns = [token_losses(logits, labels), labels != IGNORED, logits.argmax(dim=-1) == labels]
+        sums = [column.double().sum(dim=1) for column in columns]
+        pairs = batch.get("pair_labels")
+        if pairs is None:
+            return torch.stack([*sums, *[torch.zeros_like(sums[0])] * 2], dim=1)
+        is_right = pair_logits(outputs).argmax(dim=-1) == pairs
+        return torch.stack([*sums, pair_losses(outputs, pairs).double(), is_right.double()], dim=1)
+
+    def metrics_of(self, sums: Tensor) -> dict[str, float]:
+        loss_sum, targets, correct, pair_loss, pairs_right = sums.sum(dim=0).tolist()
+        found = clm.language_metrics(loss_sum, targets, num_bytes=1.0)
+        del found["bits_per_byte"]
+        found["accuracy"] = correct / max(targets, 1)
+        if self.is_paired:
+            found["loss"] += pair_loss / len(sums)
+            found["pair_accuracy"] = pairs_right / len(sums)
+        return found
+
+    def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
+        """samples.txt: held-out rows as the model is given them, what was wanted, and what it finds."""
+        batch = self.validation_batch(np.arange(min(SHOWN, self.num_validation_rows)))
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            found = (
+                logits_of(model(**{name: part.to(device) for name, part in self.model_inputs(batch).items()}))
+                .argmax(-1)
+                .cpu()
+            )
+        texts = []
+        for given, labels, ids in zip(batch["input_ids"], batch["labels"], found, strict=True):
+            wanted = labels != IGNORED
+            words = {"given": given, "wanted": labels[wanted], "found": ids[wanted]}
+            texts.append("\n".join(f"{name}: {self.tokenizer.decode(part)}" for name, part in words.items()))
+        (folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def logits_of(outputs: Outputs) -> Tensor:
+    """Of tokens, (B, T, V) or of the predicted ones."""
+    return cast(Tensor, outputs.logits if "logits" in outputs else outputs.prediction_logits)
+
+
+def pair_logits(outputs: Outputs) -> Tensor:
+    """(B, 2) of BERT's next sentences or ALBERT's order."""
+    return cast(Tensor, outputs.sop_logits if "sop_logits" in outputs else outputs.seq_relationship_logits)
+
+
+def pair_losses(outputs: Outputs, labels: Tensor) -> Tensor:
+    """(B,) cross-entropy of each pair, in fp32."""
+    return torch.nn.functional.cross_entropy(
+        pair_logits(outputs).float(), labels, ignore_index=IGNORED, reduction="none"
+    )
+
+
+def permutation_inputs(batch: Batch) -> Batch:
+    """What XLNet is given: perm_mask (B, T, T), 1 where a token does not see another; target_mapping (B, P, T); on the batch's device.
+
+    token_type_ids are zeros, so that all of XLNet's parameters take part, as DDP asks.
+    """
+    order, ids = batch["order"], batch["input_ids"]
+    own = order.float()
+    of_others = torch.where(order >= 0, own, -2.0)  # below every place: what is not predicted is seen by all
+    hidden = torch.empty(*ids.shape, ids.shape[1], device=ids.device)
+    torch.le(own[:, :, None], of_others[:, None, :], out=hidden)  # as fp32 at once: half of the time on a CPU
+    mapping = torch.zeros(*batch["targets"].shape, ids.shape[1], device=ids.device)
+    mapping.scatter_(2, batch["targets"][:, :, None], 1.0)
+    inputs = {
+        "input_ids": ids,
+        "perm_mask": hidden,
+        "target_mapping": mapping,
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    return inputs | ({"attention_mask": batch["attention_mask"].float()} if "attention_mask" in batch else {})
+
+
+def build(config: RunConfig, accelerator: Accelerator) -> clm.ClmTask:
+    """The task of rows of token datasets: what data.objective says."""
+    assert isinstance(config.data, StreamData)
+    if config.data.objective == "clm":
+        return clm.build(config, accelerator)
+    task = ObjectiveTask(config, open_streams(config))
+    clm.check_positions(config, task.sequence_length)
+    words = f"{clm.describe(config, task.streams)}\nobjective  {config.data.objective}: {OBJECTIVES[config.data.objective].words}"
+    if task.added:
+        shown = task.added if len(task.added) <= 4 else [*task.added[:3], f"... {task.added[-1]}"]
+        words += f"\n           special tokens added to the tokenizer: {', '.join(shown)}"
+    announce(words, is_main=accelerator.is_main_process)
+    return task
