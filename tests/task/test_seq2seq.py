@@ -181,7 +181,7 @@ def test_a_model_without_a_decoder_of_its_own_is_refused(make: Any, root: Path, 
     make(tmp_path / "model")
     config = run_config(root, tmp_path / "run")
     config = config.model_copy(update={"model": ModelConfig(source=str(tmp_path / "model"), task="seq2seq")})
-    with pytest.raises(ConfigError, match=r"model\.source .*: cannot load the architecture"):
+    with pytest.raises(ConfigError, match=r"model\.task \(seq2seq\): .* which cannot do it"):
         check_method(config)
 
 

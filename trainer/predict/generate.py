@@ -126,7 +126,8 @@ class Generator:
                 f"temperature ({options.temperature:g}) samples and num_beams ({options.num_beams}) searches; leave one of them out"
             )
         self.config: Any = cast(Any, model).config
-        self.positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        self.positions: int | None = positions if positions and positions > 0 else None
         self.has_encoder, self.is_chat = bool(getattr(self.config, "is_encoder_decoder", False)), is_chat
         if self.has_encoder and self.positions is not None and options.new_tokens >= self.positions:
             raise ConfigError(
