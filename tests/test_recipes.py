@@ -36,6 +36,7 @@ def test_the_globs_found_what_there_is() -> None:
         "qlora_instruct.py",
         "sft_full.py",
         "sft_smollm2.py",
+        "summarize.py",
     ]
     assert [path.name for path in CONFIGS] == ["full_sst2_hub.yaml", "lora_sst2_hub.yaml", "pretrain_clm_hub.yaml"]
 

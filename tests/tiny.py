@@ -1,6 +1,7 @@
-"""Tiny real models and data for tests: a two-layer BERT and Llama, sentences and token datasets that can be learned."""
+"""Tiny real models and data for tests: a two-layer BERT, Llama, T5 and BART; sentences, pairs and token datasets that can be learned."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +93,88 @@ def tiny_tokens(folder: Path, documents: int = 60, seed: int = 0, shard_bytes: i
     writer.finish()
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     return folder
+
+
+def tiny_t5(folder: Path, dropout: float = 0.0) -> Path:
+    """A random T5 of two blocks in each stack, and a tokenizer of words w0 to w59 that puts no end behind a text. Returns `folder`."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    size = _words_tokenizer(folder, pad="<pad>", eos="</s>", more=[f"<extra_id_{number}>" for number in range(4)])
+    config = T5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_bart(folder: Path, positions: int = 64) -> Path:
+    """A random BART of two blocks in each stack, whose tokenizer puts <s> and </s> around a text. Returns `folder`."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    size = _words_tokenizer(folder, pad="<pad>", eos="</s>", more=["<s>"], around=("<s>", "</s>"))
+    config = BartConfig(
+        vocab_size=size,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=positions,
+        dropout=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=3,
+        decoder_start_token_id=1,
+        forced_eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def _words_tokenizer(
+    folder: Path, *, pad: str, eos: str, more: list[str], around: tuple[str, str] | None = None
+) -> int:
+    """A tokenizer of whole words: pad is 0, eos 1, <unk> 2, then `more`, then w0 to w59. Returns how many it knows."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [pad, eos, "<unk>", *more]
+    words = {word: number for number, word in enumerate([*special, *(f"w{number}" for number in range(NUM_WORDS))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if around is not None:
+        ends = [(token, words[token]) for token in around]
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{around[0]} $A {around[1]}", special_tokens=ends
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token=pad, eos_token=eos, unk_token="<unk>", additional_special_tokens=more
+    ).save_pretrained(folder)
+    return len(words)
+
+
+def tiny_pairs(path: Path, rows: int = 80, seed: int = 0) -> Path:
+    """JSONL with text, 1 to 12 words, and target: its first word twice and the word behind that. Returns `path`."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(rows):
+        words = rng.integers(NUM_WORDS, size=int(rng.integers(1, 13)))
+        target = f"w{words[0]} w{words[0]} w{(words[0] + 1) % NUM_WORDS}"
+        lines.append(json.dumps({"text": " ".join(f"w{word}" for word in words), "target": target}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

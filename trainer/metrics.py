@@ -1,10 +1,11 @@
-"""Classification metrics by scikit-learn, over a whole split at once.
+"""Metrics of classes, by scikit-learn and over a whole split at once, and of generated texts, one by one.
 
 Place in the flow: evaluation gathers the logits of every example, in order and each once, and hands them here. Pure: no
 collective, no I/O, so every rank computes the same numbers. scikit-learn is imported at first use: it takes a second.
 """
 
 import re
+from collections import Counter
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,9 +52,24 @@ def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> flo
     return float((log_total - shifted[np.arange(len(labels)), labels]).mean())
 
 
+def exact_match(answer: str, reference: str) -> float:
+    """1 where the two are equal, else 0."""
+    return float(answer == reference)
+
+
+def rouge_1(answer: str, reference: str) -> float:
+    """F1 of shared lower-case words (ROUGE-1, Lin 2004), each as often as both have it; 0 where one is empty."""
+    return _shared_runs(answer, reference, 1)
+
+
+def rouge_2(answer: str, reference: str) -> float:
+    """The same of pairs of neighbouring words; 0 where one has fewer than two words."""
+    return _shared_runs(answer, reference, 2)
+
+
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of lower-case words (ROUGE-L, Lin 2004); 0 where one is empty."""
-    one, other = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    one, other = _words(answer), _words(reference)
     lengths = [0] * (len(other) + 1)
     for word in one:
         before = 0
@@ -63,6 +79,20 @@ def rouge_l(answer: str, reference: str) -> float:
             before = kept
     common = lengths[-1]
     return 2 * common / (len(one) + len(other)) if common else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _shared_runs(answer: str, reference: str, length: int) -> float:
+    """F1 of the runs of `length` words that two texts share."""
+    one, other = (
+        Counter(zip(*(words[start:] for start in range(length)), strict=False))
+        for words in (_words(answer), _words(reference))
+    )
+    shared = (one & other).total()
+    return 2 * shared / (one.total() + other.total()) if shared else 0.0
 
 
 def _counted_rows(logits: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

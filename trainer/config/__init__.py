@@ -23,6 +23,7 @@ from trainer.config.method import (
     RsloraConfig,
     VeraConfig,
 )
+from trainer.config.pairs import PairData
 from trainer.config.run import (
     MetricName,
     ModelConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PTuningConfig",
+    "PairData",
     "PrefixConfig",
     "ProbeConfig",
     "PromptConfig",

@@ -68,11 +68,7 @@ class ClassificationSet:
         import torch  # not at the top: read_splits runs where a second for torch is too long
 
         rows = ids if len(ids) else np.zeros(1, np.int64)
-        starts = split.offsets[rows]
-        lengths = split.offsets[rows + 1] - starts
-        columns = np.arange(lengths.max())
-        mask = columns < lengths[:, None]
-        places = np.where(mask, starts[:, None] + columns, 0)
+        places, mask = split.places(rows)
         batch = {"input_ids": np.where(mask, split.tokens[places], self.pad_token_id), "attention_mask": mask}
         if split.token_types is not None:
             batch["token_type_ids"] = np.where(mask, split.token_types[places], 0)

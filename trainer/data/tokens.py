@@ -43,6 +43,19 @@ class Split:
         """(N,) int64, tokens."""
         return np.diff(self.offsets)
 
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) where in `tokens` those of each sample lie, and (B, T) bool which of these places are its own; T the longest."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        return np.where(mask, starts[:, None] + columns, 0), mask
+
+    def padded(self, rows: np.ndarray, padding: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) tokens of each sample, padded on the right, and (B, T) bool which are no padding."""
+        places, mask = self.places(rows)
+        return np.where(mask, self.tokens[places], padding), mask
+
 
 @dataclass(frozen=True)
 class Tokenized:

@@ -49,6 +49,8 @@ class Answerer(Protocol):
 OPENERS: dict[str, str] = {
     "mlm": "trainer.predict.fill_mask:open_answerer",
     "mlm_pairs": "trainer.predict.fill_mask:open_answerer",
+    "clm": "trainer.predict.generate:open_answerer",
+    "seq2seq": "trainer.predict.generate:open_answerer",
 }
 """Task -> its `open_answerer(model, tokenizer, info, options)`, imported at need; info is samestep.json, or {} for a model source."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import ClassificationData, InstructData, RunConfig, StreamData
+from trainer.config import ClassificationData, InstructData, PairData, RunConfig, StreamData
 from trainer.errors import ConfigError, SamestepError
 
 
@@ -38,6 +38,11 @@ def _check_data(config: RunConfig) -> None:
 
         if not config.data.source.startswith("asset:"):
             read_conversations(config.data)
+    elif isinstance(config.data, PairData):
+        from trainer.data.pairs import read_pairs
+
+        if not config.data.source.startswith("asset:"):
+            read_pairs(config.data)
     else:
         from trainer.data.stream.live import open_dataset
 
