@@ -23,6 +23,7 @@ from trainer.config.method import (
     RsloraConfig,
     VeraConfig,
 )
+from trainer.config.questions import QuestionData
 from trainer.config.run import (
     MetricName,
     ModelConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "ProbeConfig",
     "PromptConfig",
     "QloraConfig",
+    "QuestionData",
     "Resume",
     "RsloraConfig",
     "RunConfig",

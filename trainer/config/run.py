@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData
 from trainer.config.method import FullConfig, MethodConfig
+from trainer.config.questions import QuestionData
 from trainer.config.section import Fraction, MayChange, Probability, Section
 
 MetricName = Literal["loss", "accuracy", "precision", "recall", "f1", "exact_match"]
@@ -46,7 +47,9 @@ class ModelConfig(Section):
     """Run Python code shipped inside a model repository. Off: such a model is refused."""
 
 
-DataConfig = Annotated[ClassificationData | StreamData | LiveData | InstructData, Field(discriminator="kind")]
+DataConfig = Annotated[
+    ClassificationData | StreamData | LiveData | InstructData | QuestionData, Field(discriminator="kind")
+]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("loss", "accuracy", "precision", "recall", "f1"),

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ClassificationData, RunConfig
+from trainer.config import RunConfig
 from trainer.resolve.merge import Merged
 
-FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def check_world(config: RunConfig, world_size: int) -> list[str]:
@@ -39,10 +39,8 @@ def without_effect(config: RunConfig, merged: Merged, usual_values: Mapping[str,
 
 
 def _hub(config: RunConfig) -> bool:
-    data = config.data
-    if not isinstance(data, ClassificationData):
-        return False
-    return not data.source.startswith("asset:") and Path(data.source).suffix not in FILE_SUFFIXES
+    source = getattr(config.data, "source", None)
+    return source is not None and not source.startswith("asset:") and Path(source).suffix not in FILE_SUFFIXES
 
 
 _IDLE: tuple[tuple[str, str, Callable[[RunConfig], bool], str], ...] = (
