@@ -122,6 +122,8 @@ def load_architecture(
     set_dropout(architecture, model)
     if vocab_size is not None:
         set_vocabulary(architecture, model, vocab_size)
+    if model.task == "question_answering":
+        architecture.num_labels = 2  # a start and an end, whatever the source was trained for
     if model.task != "classification":
         return cast(PretrainedConfig, architecture)
     architecture.problem_type = "single_label_classification"  # a source may have been trained for something else

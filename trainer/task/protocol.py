@@ -106,6 +106,7 @@ TASKS = {
     "stream": "trainer.task.clm:build",
     "live": "trainer.task.live:build",
     "instruct": "trainer.task.instruct:build",
+    "questions": "trainer.task.question_answering:build",
 }
 """data.kind -> the builder of its task, imported at need."""
 
