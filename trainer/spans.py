@@ -66,7 +66,7 @@ def best_spans(start: Tensor, end: Tensor, inside: NDArray[np.int64], max_answer
     first = place // max_answer_length
     found = best, first, first + place % max_answer_length, scores.logsumexp(dim=1)
     score, first_token, last_token, log_total = (tensor.cpu().numpy() for tensor in found)
-    return Spans(score, first_token, np.minimum(last_token, start.shape[1] - 1), log_total)
+    return Spans(score, first_token, last_token, log_total)
 
 
 def normalized(answer: str) -> str:

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.tiny import tiny_questions
 from trainer.config import ModelConfig, QuestionData, RunConfig, TrainConfig
 from trainer.data import questions
 from trainer.data.questions import Question, read_questions
-from trainer.data.stdlib_questions import LONGEST, SHORTEST, rows_of_file
+from trainer.data.stdlib_questions import LONGEST, MOST_OF_FILE, SHORTEST, chosen_rows, rows_of_file
 from trainer.errors import DataError
 from trainer.resolve.inputs import input_problems
 
@@ -259,3 +260,15 @@ def test_contexts_of_a_real_file_do_not_overlap_and_name_what_is_asked_for_once(
         assert start >= ends
         ends = start + len(context)
     assert found == list(rows_of_file(file))
+
+
+def test_no_context_is_of_two_files_and_no_test_file_is_asked_about(tmp_path: Path) -> None:
+    real = [Path(ast.__file__).with_name(name) for name in ("ast.py", "bisect.py", "calendar.py", "enum.py")]
+    copy, test = tmp_path / "copy.py", tmp_path / "test" / "x.py"
+    test.parent.mkdir()
+    for other in (copy, test):
+        other.write_text(real[2].read_text(encoding="utf-8"), encoding="utf-8")
+    found = chosen_rows([*real, copy, test])
+    assert {str(row["title"]).split("/")[-1] for row in found} == {"ast.py", "bisect.py", "calendar.py", "enum.py"}
+    assert max(Counter(row["title"] for row in found).values()) <= MOST_OF_FILE
+    assert found == chosen_rows([*real, copy, test])

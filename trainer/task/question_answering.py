@@ -140,18 +140,17 @@ class QuestionAnsweringTask:
         return torch.from_numpy(np.stack([best.score, first, last, no_answer, losses, targets], axis=1))
 
     def answers_of(self, notes: np.ndarray) -> list[str]:
-        """The answer to each held-out question: of the best of its windows, or "" where having none scores higher in every window."""
-        return [
-            question.context[int(best[FIRST]) : int(best[LAST])].strip()
-            if not self.raw.may_have_no_answer or best[SCORE] >= of_question[:, NO_ANSWER].min()
-            else ""
-            for question, of_question in zip(self.raw.validation, self.by_question(notes), strict=True)
-            for best in [of_question[of_question[:, SCORE].argmax()]]
-        ]
+        """The answer to each held-out question, whose windows stand side by side."""
+        of_questions = np.split(notes, np.flatnonzero(np.diff(self.validation.questions)) + 1)
+        pairs = zip(self.raw.validation, of_questions, strict=True)
+        return [self.answer_of(question, of_question) for question, of_question in pairs]
 
-    def by_question(self, notes: np.ndarray) -> list[np.ndarray]:
-        """The rows of each question's windows, which stand side by side."""
-        return np.split(notes, np.flatnonzero(np.diff(self.validation.questions)) + 1)
+    def answer_of(self, question: Question, notes: np.ndarray) -> str:
+        """That of its best window; "" where "no answer" has a higher score in every window, if there are such questions."""
+        best = notes[notes[:, SCORE].argmax()]
+        if self.raw.may_have_no_answer and notes[:, NO_ANSWER].min() > best[SCORE]:
+            return ""
+        return question.context[int(best[FIRST]) : int(best[LAST])].strip()
 
     def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
         return {}
