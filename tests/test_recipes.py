@@ -33,6 +33,7 @@ def test_the_globs_found_what_there_is() -> None:
     assert [path.name for path in RECIPES] == [
         "lora_sst2.py",
         "pretrain_clm.py",
+        "qa.py",
         "qlora_instruct.py",
         "sft_full.py",
         "sft_smollm2.py",

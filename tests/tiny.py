@@ -178,3 +178,24 @@ def tiny_pairs(path: Path, rows: int = 80, seed: int = 0) -> Path:
         lines.append(json.dumps({"text": " ".join(f"w{word}" for word in words), "target": target}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def tiny_questions(path: Path, rows: int = 48, seed: int = 0, *, unanswerable: bool = False) -> Path:
+    """JSONL rows: a context of 8 to 50 fillers with one good and one bad word, a question that asks for either. Returns `path`.
+
+    unanswerable: every third question has no answer, and its context neither word.
+    """
+    rng = np.random.default_rng(seed)
+    lines = []
+    for row in range(rows):
+        words = [str(word) for word in rng.choice(FILLERS, int(rng.integers(8, 51)))]
+        asked, answers = ("good", "bad")[row % 2], {"text": [], "answer_start": []}
+        if not (unanswerable and row % 3 == 0):
+            for telling in (str(rng.choice(GOOD)), str(rng.choice(BAD))):
+                words.insert(int(rng.integers(len(words) + 1)), telling)
+            answer = next(word for word in words if word in (GOOD if asked == "good" else BAD))
+            start = len(" ".join(words[: words.index(answer)])) + bool(words.index(answer))
+            answers = {"text": [answer], "answer_start": [start]}
+        lines.append(json.dumps({"question": f"is a {asked} story", "context": " ".join(words), "answers": answers}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

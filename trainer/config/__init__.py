@@ -24,6 +24,7 @@ from trainer.config.method import (
     VeraConfig,
 )
 from trainer.config.pairs import PairData
+from trainer.config.questions import QuestionData
 from trainer.config.run import (
     MetricName,
     ModelConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "ProbeConfig",
     "PromptConfig",
     "QloraConfig",
+    "QuestionData",
     "Resume",
     "RsloraConfig",
     "RunConfig",

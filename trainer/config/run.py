@@ -15,6 +15,7 @@ from typing_extensions import Self
 from trainer.config.data import TASK_OF_OBJECTIVE, ClassificationData, InstructData, LiveData, StreamData
 from trainer.config.method import FullConfig, MethodConfig
 from trainer.config.pairs import PairData
+from trainer.config.questions import QuestionData
 from trainer.config.section import Fraction, MayChange, Probability, Section
 
 MetricName = Literal["loss", "accuracy", "precision", "recall", "f1", "exact_match"]
@@ -51,7 +52,7 @@ class ModelConfig(Section):
 
 
 DataConfig = Annotated[
-    ClassificationData | StreamData | LiveData | InstructData | PairData, Field(discriminator="kind")
+    ClassificationData | StreamData | LiveData | InstructData | PairData | QuestionData, Field(discriminator="kind")
 ]
 
 METRICS: dict[str, tuple[str, ...]] = {

@@ -137,6 +137,8 @@ def load_architecture(
         for name, number in special_ids.items():
             if hasattr(architecture, name) or (name == "decoder_start_token_id" and architecture.is_encoder_decoder):
                 setattr(architecture, name, number)
+    if model.task == "question_answering":
+        architecture.num_labels = 2  # a start and an end, whatever the source was trained for
     if model.task != "classification":
         return cast(PretrainedConfig, architecture)
     architecture.problem_type = "single_label_classification"  # a source may have been trained for something else

@@ -7,7 +7,7 @@ from typing import Any
 from trainer.config import RunConfig
 from trainer.resolve.merge import Merged
 
-FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def check_world(config: RunConfig, world_size: int) -> list[str]:
