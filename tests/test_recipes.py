@@ -32,7 +32,11 @@ RUN = Path("runs/lora_sst2")
 def test_the_globs_found_what_there_is() -> None:
     assert [path.name for path in RECIPES] == [
         "lora_sst2.py",
+        "pretrain_bart.py",
         "pretrain_clm.py",
+        "pretrain_mlm.py",
+        "pretrain_t5.py",
+        "pretrain_xlnet.py",
         "qlora_instruct.py",
         "sft_full.py",
         "sft_smollm2.py",
