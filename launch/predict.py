@@ -39,7 +39,11 @@ def predict_command(
     quiet_libraries()
     from trainer.predict.classify import load_predictor
 
-    predictor = load_predictor(folder)
+    return predict_with(load_predictor(folder), sources, batch_size=batch_size, as_json=as_json)
+
+
+def predict_with(predictor: "Predictor", sources: "Sources", *, batch_size: int, as_json: bool) -> int:
+    """Print what an opened model says of all texts, and how fast. Returns the exit code."""
     try:
         totals = _predict_all(predictor, sources.lines(), batch_size=batch_size, as_json=as_json)
     except BrokenPipeError:

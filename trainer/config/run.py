@@ -33,6 +33,9 @@ class ModelConfig(Section):
     (mlm), and whether two texts belong together (mlm_pairs); tokens in a permuted order (plm); a text from a text (seq2seq)."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the architecture from `source` and trains from scratch."""
+    added_tokens: Path | None = None
+    """File with one word a line that the tokenizer gets as tokens of their own (`samestep data vocabulary` proposes
+    some); for method full."""
     dropout: Probability | None = None
     """Dropout of hidden states, for models that have one. None keeps the model's own rate."""
     attention_dropout: Probability | None = None

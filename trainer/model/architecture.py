@@ -28,6 +28,7 @@ from transformers import (
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.model.added_tokens import add_tokens
 
 AUTO_MODELS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -102,6 +103,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
                 "pad_token to its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if model.added_tokens is not None:
+        add_tokens(tokenizer, model.added_tokens)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

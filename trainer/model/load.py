@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from trainer.backend.request import read_request
 from trainer.config import MethodConfig, ModelConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
+from trainer.model.added_tokens import grow_embeddings, read_tokens
 from trainer.model.architecture import (
     AUTO_MODELS,
     LOADING_ERRORS,
@@ -59,6 +60,9 @@ def build_model(
     torch.manual_seed(config.train.seed)
     quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
     plain, new_names = load_weights(config.model, architecture, quantization)
+    if config.model.added_tokens is not None:
+        before = load_tokenizer(config.model.model_copy(update={"added_tokens": None}))
+        grow_embeddings(plain, before, read_tokens(config.model.added_tokens))
     on_cpu = accelerator.device.type == "cpu"
     if config.model.attention == "auto" and on_cpu:
         use_fast_attention(plain)

@@ -35,6 +35,8 @@ class PredictOptions:
     """Sample at this temperature. None: greedy, or beams."""
     seed: int = 0
     """Of sampling."""
+    context: str | None = None
+    """The text that questions are answered from."""
 
 
 class Answerer(Protocol):
@@ -45,6 +47,8 @@ class Answerer(Protocol):
 
 
 OPENERS: dict[str, str] = {
+    "mlm": "trainer.predict.fill_mask:open_answerer",
+    "mlm_pairs": "trainer.predict.fill_mask:open_answerer",
     "clm": "trainer.predict.generate:open_answerer",
     "seq2seq": "trainer.predict.generate:open_answerer",
 }
