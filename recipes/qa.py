@@ -17,7 +17,7 @@ DEFAULTS = RunConfig(
     method=FullConfig(),
     data=QuestionData(source="asset:stdlib", max_length=256, stride=64, validation_rows=256),
     optim=OptimConfig(peak_lr=3e-4, schedule="linear", warmup_fraction=0.1, weight_decay=0.01),
-    train=TrainConfig(max_steps=300, global_batch_size=16, eval_every=150, metric="f1"),
+    train=TrainConfig(max_steps=240, global_batch_size=16, eval_every=120, metric="f1"),
 )
 
 
