@@ -199,3 +199,26 @@ def tiny_questions(path: Path, rows: int = 48, seed: int = 0, *, unanswerable: b
         lines.append(json.dumps({"question": f"is a {asked} story", "context": " ".join(words), "answers": answers}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def tiny_targets(path: Path, rows: int = 160, seed: int = 0) -> Path:
+    """A JSONL file with columns text, labels and score. Returns `path`.
+
+    labels: a list of those of good, bad and music whose words are in the text, empty for some; score: good words less bad ones, times 0.5.
+    """
+    import json
+
+    rng = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            words = list(rng.choice([word for word in FILLERS if word != "music"], int(rng.integers(2, 8))))
+            num_good, num_bad, has_music = (int(rng.integers(most)) for most in (3, 3, 2))
+            words += [*rng.choice(GOOD, num_good), *rng.choice(BAD, num_bad), *["music"] * has_music]
+            found = {"good": num_good, "bad": num_bad, "music": has_music}
+            row = {
+                "text": " ".join(rng.permutation(words)),
+                "labels": [name for name, number in found.items() if number],
+                "score": 0.5 * (num_good - num_bad),
+            }
+            file.write(json.dumps(row) + "\n")
+    return path

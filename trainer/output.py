@@ -252,7 +252,7 @@ class RunOutput:
             "name": self.config.name,
             "backend": engine.describe(),
             "steps": progress.step,
-            "best step": f"{progress.best_step} (validation {self.config.train.metric} {progress.best_metric:.4f})",
+            "best step": f"{progress.best_step} (validation {self.config.watched_metric} {progress.best_metric:.4f})",
             **{f"{split_name} {name}": value for name, value in metrics.items()},
             "time": f"{elapsed_s:.0f} s",
             "training speed": f"{float(np.median(self.speeds)) if self.speeds else 0.0:,.1f} {unit}/s (median)",

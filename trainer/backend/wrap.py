@@ -125,7 +125,8 @@ def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig
 
 def zero_buckets(*, num_parameters: int, hidden_size: int, stage: int) -> dict[str, int]:
     """Sizes in elements. DeepSpeed's default of 5e8 takes 2 GB per bucket in fp32, whatever the model."""
-    bucket = min(MAX_BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # DeepSpeed asserts an even number
+    bucket = max(min(MAX_BUCKET_ELEMENTS, num_parameters), 1)
+    bucket += bucket % 2  # DeepSpeed 0.19 refuses an odd one for stages 1 and 2
     sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         sizes["stage3_prefetch_bucket_size"] = min(bucket, 10 * hidden_size * hidden_size)

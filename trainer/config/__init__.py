@@ -5,7 +5,7 @@ recipe defaults < --config YAML < section.key=value. A config never changes afte
 Precision, sharding and process count are not here: they belong to the accelerate configuration.
 """
 
-from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData
+from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData, Target, check_weights
 from trainer.config.method import (
     AdapterConfig,
     BitfitConfig,
@@ -65,7 +65,9 @@ __all__ = [
     "RunConfig",
     "Section",
     "StreamData",
+    "Target",
     "TrainConfig",
     "VeraConfig",
+    "check_weights",
     "may_change",
 ]

@@ -33,7 +33,7 @@ class Split:
     token_types: np.ndarray | None
     """int8, as long as `tokens`: which text of a pair a token is of. None where the model needs none."""
     labels: np.ndarray
-    """(N,) int64 class ids."""
+    """(N,) int64 class ids; for multi (N, C) float64 of 0 and 1, for regression (N, 1) float64."""
 
     def __len__(self) -> int:
         return len(self.labels)

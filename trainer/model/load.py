@@ -17,13 +17,13 @@ from trainer.config import MethodConfig, ModelConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.added_tokens import grow_embeddings, read_tokens
 from trainer.model.architecture import (
-    AUTO_MODELS,
     LOADING_ERRORS,
     first_line,
     has_attention_dropout,
     load_architecture,
     load_tokenizer,
     meta_model,
+    model_loader,
     model_location,
     source_error,
 )
@@ -56,7 +56,9 @@ def build_model(
     """
     request = read_request(os.environ)
     check_method(config, request.backend)
-    architecture = load_architecture(config.model, label_names, vocab_size=vocab_size, special_ids=special_ids or {})
+    architecture = load_architecture(
+        config.model, label_names, vocab_size=vocab_size, special_ids=special_ids or {}, target=config.target
+    )
     torch.manual_seed(config.train.seed)
     quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
     plain, new_names = load_weights(config.model, architecture, quantization)
@@ -101,12 +103,13 @@ def load_weights(
         "attn_implementation": attention,
         "dtype": torch.float32,
     }
+    loader = model_loader(model, architecture)
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
         if model.init == "random":
-            return AUTO_MODELS[model.task].from_config(architecture, **options), ()
-        loaded, report = AUTO_MODELS[model.task].from_pretrained(
+            return loader.from_config(architecture, **options), ()
+        loaded, report = loader.from_pretrained(
             model_location(model.source),
             config=architecture,
             ignore_mismatched_sizes=True,  # a head of another label set is replaced; anything else is refused below

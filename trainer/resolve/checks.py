@@ -56,6 +56,12 @@ _IDLE: tuple[tuple[str, str, Callable[[RunConfig], bool], str], ...] = (
         lambda config: getattr(config.data, "test", None) is not None,
         "where data.test names a split",
     ),
+    (
+        "data.label_separator",
+        "data.target",
+        lambda config: getattr(config.data, "target", None) != "multi",
+        "unless data.target=multi",
+    ),
     ("data.subset", "data.source", lambda config: not _hub(config), "unless data.source is a hub dataset"),
     (
         "optim.min_lr_fraction",
