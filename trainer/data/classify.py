@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.config import ClassificationData, RunConfig, TrainConfig
+from trainer.data.augment import Augmenter, describe_augmentation
 from trainer.data.batches import IGNORED, epoch_batches, micro_batches
 from trainer.data.samples import Samples, bad_rows_report, check_labels, label_set, read_samples
 from trainer.data.sources import read_named_split, read_source
@@ -58,6 +59,8 @@ class ClassificationSet:
     tokenizer: "PreTrainedTokenizerBase"
     pad_token_id: int = 0
     """Fills short samples; the attention mask hides it."""
+    augmenter: Augmenter | None = None
+    """Makes other forms of the training samples; None where they are read as they are."""
 
     def collate(self, split: Split, ids: np.ndarray) -> "dict[str, Tensor]":
         """A batch of CPU tensors, padded on the right to its longest sample.
@@ -106,6 +109,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     """
     # Not at the top: of the data modules this function alone stands above the model.
     from trainer.model.load import load_architecture, load_tokenizer
+    from trainer.model.rewrite import build_augmenter
 
     data = config.data
     assert isinstance(data, ClassificationData), data.kind
@@ -116,8 +120,9 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     check_max_length(data.max_length, tokenizer, pair=pair, source=config.model.source, positions=positions)
     train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
     test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split
+    augmenter = build_augmenter(data.augment, raw.train, config.train.seed, accelerator.device)
     built = ClassificationSet(
-        train.split, validation.split, test, raw.label_names, tokenizer, pad_token_id=tokenizer.pad_token_id
+        train.split, validation.split, test, raw.label_names, tokenizer, tokenizer.pad_token_id, augmenter
     )
     if accelerator.is_main_process:
         announce(_describe(config.train, data, raw, built, train, world_size=accelerator.num_processes), is_main=True)
@@ -204,6 +209,7 @@ def _describe(
         ),
         ("batches", (f"{len(batches):,} global batches of {batch_size} per epoch{last}; {padding:.1%} padding",)),
         ("tokens", (f"{train.describe_lengths(data.max_length)} (data.max_length)",)),
+        ("augment", describe_augmentation(data.augment)),
     ]
     return "\n".join(
         f"{title if number == 0 else '':<11}{line}" for title, lines in rows for number, line in enumerate(lines)

@@ -20,6 +20,7 @@ from trainer.loss import classification_loss_sum, count_correct
 from trainer.metrics import classification_metrics, confusion
 from trainer.plots import plot_confusion
 from trainer.task.protocol import Batch, Evaluation, Forward, Outputs, SplitName
+from trainer.task.varied import MIX_LABELS, VariedBatches, mixed_loss_sum, vary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +67,8 @@ class ClassificationTask:
         digest, train = hashlib.sha256(), self.data.train
         for array in (train.tokens, train.offsets, train.labels):
             digest.update(array.tobytes())
+        if self.data.augmenter is not None:
+            digest.update(self.data.augmenter.digest())
         return digest.hexdigest()
 
     def model_info(self) -> dict[str, object]:
@@ -78,11 +81,18 @@ class ClassificationTask:
     def usage(self, folder: Path) -> str:
         return f'samestep predict {folder} "your text"'
 
+    @cached_property
+    def varied(self) -> VariedBatches | None:
+        """Batches of training samples in other forms; None where they are read as they are."""
+        assert isinstance(self.config.data, ClassificationData)
+        return vary(self.data, self.config.data.max_length)
+
     def global_batch(self, step: int) -> np.ndarray:
-        return self.batches.at(step)
+        batch = self.batches.at(step)
+        return batch if self.varied is None else self.varied.numbers(batch, step, epoch=step // self.steps_per_epoch)
 
     def training_batch(self, ids: np.ndarray) -> Batch:
-        return self.data.collate(self.data.train, ids)
+        return self.data.collate(self.data.train, ids) if self.varied is None else self.varied.batch(ids)
 
     def rank_state(self, step: int) -> bytes:
         return b""
@@ -91,9 +101,11 @@ class ClassificationTask:
         assert not state, "samples are a function of the step"
 
     def model_inputs(self, batch: Batch) -> Batch:
-        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return {name: tensor for name, tensor in batch.items() if name not in ("labels", MIX_LABELS)}
 
     def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
+        if MIX_LABELS in batch:
+            return mixed_loss_sum(outputs.logits, batch)
         return classification_loss_sum(outputs.logits, batch["labels"])
 
     def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
