@@ -142,6 +142,7 @@ def evaluate(
     """
     quiet_libraries()
     from trainer.predict.adapters import AdapterPredictor
+    from trainer.predict.kinds import Prediction
 
     paths = {Path(run).name: Path(run) for run in runs.split(",") if run}
     if len(paths) < len(runs.split(",")):
@@ -155,7 +156,9 @@ def evaluate(
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
     for number, name in enumerate(paths):
         mine = answers[number :: len(paths)]
-        correct = sum(answer.label == label for answer, label in zip(mine, labels, strict=True))
+        correct = sum(
+            isinstance(answer, Prediction) and answer.label == label for answer, label in zip(mine, labels, strict=True)
+        )
         table.add_row(name, f"{correct / len(labels):.4f}", f"{len(labels):,}")
     Console(soft_wrap=True, highlight=False).print(table)
 
@@ -169,6 +172,10 @@ def held_out_samples(run: Path) -> tuple[list[Any], list[str]]:
     config = load_config(run / "config.yaml")
     if not isinstance(config.data, ClassificationData):
         raise ConfigError(f"RUN ({run}) was not trained on labelled texts; evaluate works for classification")
+    if config.data.target != "single":
+        raise ConfigError(
+            f"RUN ({run}) was trained with data.target={config.data.target}; evaluate counts right labels, of which a text must have one"
+        )
     splits = read_splits(config.data)
     samples = splits.test or splits.validation
     texts = list(samples.texts) if samples.pairs is None else list(zip(samples.texts, samples.pairs, strict=True))

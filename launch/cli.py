@@ -16,11 +16,13 @@ import typer
 from launch.adapter import adapter_app
 from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
-from launch.data_look import data_app
+from launch.inspect import inspect
 from launch.job import job_app
+from launch.predict_tasks import predict
 from launch.queue import logs, status
 from launch.submit import cancel, submit
 from launch.template import template_app
+from launch.vocabulary import data_app
 from trainer.errors import ConfigError, SamestepError
 from trainer.resolve import error_text, json_schema
 
@@ -41,7 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(adapter_app, name="adapter")
 app.add_typer(template_app, name="template")
 app.add_typer(job_app, name="job", hidden=True)
-for command in (submit, status, cancel, logs):
+for command in (predict, inspect, submit, status, cancel, logs):
     app.command()(command)
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's file, such as recipes/lora_sst2.py.")]
@@ -125,42 +127,6 @@ def parity(
         overrides=options.overrides,
     )
     raise typer.Exit(code)
-
-
-@app.command()
-def predict(
-    run_folder: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Run directory, such as runs/lora_sst2; none with --adapters.")
-    ] = None,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences.")] = None,
-    *,
-    adapters: Annotated[
-        str | None, typer.Option(help="Runs on one base, separated by commas: each answers every sentence.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option(help="File with one sentence a line; - is standard input.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Answer each sentence, with a run on conversations.")] = False,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-) -> None:
-    """Print label and confidence of each sentence, or with --chat the answer to it, in batches.
-
-    Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
-    """
-    from launch.predict import predict_adapters_command, predict_command
-
-    given = list(texts or ())
-    if adapters is not None:
-        given = [run_folder, *given] if run_folder is not None else given
-        raise typer.Exit(predict_adapters_command(_words(adapters), given, file=file, as_json=as_json))
-    if run_folder is None:
-        raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
-    if chat:
-        from launch.predict_chat import predict_chat_command
-
-        raise typer.Exit(
-            predict_chat_command(Path(run_folder), given, file=file, as_json=as_json, new_tokens=new_tokens)
-        )
-    raise typer.Exit(predict_command(Path(run_folder), given, file=file, as_json=as_json))
 
 
 @app.command()

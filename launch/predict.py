@@ -21,7 +21,8 @@ from trainer.run_folder import find_exported
 from trainer.screen import print_plain
 
 if TYPE_CHECKING:
-    from trainer.predict.classify import Prediction, Predictor
+    from trainer.predict.classify import Predictor
+    from trainer.predict.kinds import AnyPrediction
 
 TEXTS_AT_ONCE = 4096
 """Texts read, predicted and printed before the next ones are read: a file of any size fits."""
@@ -39,7 +40,11 @@ def predict_command(
     quiet_libraries()
     from trainer.predict.classify import load_predictor
 
-    predictor = load_predictor(folder)
+    return predict_with(load_predictor(folder), sources, batch_size=batch_size, as_json=as_json)
+
+
+def predict_with(predictor: "Predictor", sources: "Sources", *, batch_size: int, as_json: bool) -> int:
+    """Print what an opened model says of all texts, and how fast. Returns the exit code."""
     try:
         totals = _predict_all(predictor, sources.lines(), batch_size=batch_size, as_json=as_json)
     except BrokenPipeError:
@@ -152,25 +157,19 @@ def _predict_all(predictor: "Predictor", lines: Iterable[str], *, batch_size: in
     return totals
 
 
-def plain_words(text: str, prediction: "Prediction", width: int) -> str:
-    """Label, confidence and text in columns; a text of several lines becomes one."""
-    return f"{prediction.label:<{width}}  {prediction.confidence:.4f}  {' '.join(text.split())}"
+def plain_words(text: str, prediction: "AnyPrediction", width: int) -> str:
+    """What is predicted and the text in columns; a text of several lines becomes one."""
+    return f"{prediction.columns(width)}  {' '.join(text.split())}"
 
 
-def json_words(text: str, prediction: "Prediction") -> str:
+def json_words(text: str, prediction: "AnyPrediction") -> str:
     """One JSON object, with the probability of every label."""
     return json.dumps(json_facts(text, prediction), ensure_ascii=False)
 
 
-def json_facts(text: str, prediction: "Prediction") -> dict[str, object]:
+def json_facts(text: str, prediction: "AnyPrediction") -> dict[str, object]:
     """What a JSON line says."""
-    return {
-        "text": text,
-        "label": prediction.label,
-        "confidence": prediction.confidence,
-        "probabilities": prediction.probabilities,
-        "is_cut": prediction.is_cut,
-    }
+    return {"text": text, **prediction.facts(), "is_cut": prediction.is_cut}
 
 
 def _report(totals: Totals, sources: Sources, max_length: int) -> None:

@@ -17,7 +17,7 @@ from trainer.task import build_task
 DEFAULTS = RunConfig(
     name="pretrain_xlnet",
     model=ModelConfig(source=str(Path(__file__).parent / "models/xlnet-6m"), task="plm", init="random"),
-    data=StreamData(objective="plm", sequence_length=256, packing="concat", isolate=False),
+    data=StreamData(objective="plm", sequence_length=128, packing="concat", isolate=False),
     optim=OptimConfig(peak_lr=1e-3, schedule="cosine", warmup_fraction=0.05, min_lr_fraction=0.1, weight_decay=0.1),
     train=TrainConfig(max_steps=300, global_batch_size=16, eval_every=100, eval_batch_size=16, metric="loss"),
 )

@@ -7,13 +7,16 @@ import pytest
 import torch
 from transformers import (
     AlbertConfig,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     RobertaConfig,
+    T5Config,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
@@ -118,6 +121,41 @@ def test_layer_decay_falls_from_head_to_embeddings(name: str, method: Any) -> No
     rest = {n: value for n, value in factors.items() if f"{BLOCKS[name]}." not in n}
     assert {v for n, v in rest.items() if is_embedding(n)} <= {0.0625}
     assert {v for n, v in rest.items() if not is_embedding(n)} == {1.0}
+
+
+STACKS = {
+    "t5": (T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2, vocab_size=50), "block"),
+    "bart": (
+        BartConfig(d_model=16, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+                   encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=16, vocab_size=50),
+        "layers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("method", [FullConfig(), LoraConfig(rank=2)])
+def test_layer_decay_falls_from_the_top_of_each_of_two_stacks(name: str, method: Any) -> None:
+    architecture, blocks = STACKS[name]
+    with torch.device("meta"):
+        model = apply_method(AutoModelForSeq2SeqLM.from_config(architecture), method, task="seq2seq")
+    optim = OptimConfig(layer_decay=0.5, weight_decay=0.1)
+    found = parameter_groups(model, RunConfig(name="x", method=method, optim=optim))
+    factors = {n: g["lr_factor"] for g in found for n in g["names"]}
+    assert sorted(factors) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    top = {"t5": 0.5, "bart": 1.0}[name]  # BART has nothing above its blocks but tied embeddings
+    for stack, expected in {"encoder": (top / 4, top / 2, top), "decoder": (top / 2, top)}.items():
+        for block, factor in enumerate(expected):
+            inside = {value for n, value in factors.items() if f"{stack}.{blocks}.{block}." in n}
+            assert inside == {factor}, (stack, block)
+    if isinstance(method, FullConfig):
+        rest = {n: value for n, value in factors.items() if f".{blocks}." not in n and "shared" not in n}
+        assert {n: v for n, v in rest.items() if v != (top / 8 if "embed" in n else 1.0)} == {}
+        assert len(rest) == {"t5": 2, "bart": 6}[name]
+        decay = {n for g in found for n in g["names"] if g["weight_decay"] == 0}
+        assert decay == {
+            n for n in factors if n.endswith("bias") or "norm" in n or "embed" in n or "shared" in n or "relative" in n
+        }
 
 
 def test_model_without_repeated_blocks_still_gets_groups() -> None:

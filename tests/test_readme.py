@@ -26,12 +26,12 @@ COMMANDS = commands_of("README.md")
 SLURM_COMMANDS = [
     c for c in (*COMMANDS, *commands_of("slurm/README.md")) if c.startswith(("samestep submit", "sbatch"))
 ]
-COMMANDS_ALONE = ("parity", "predict", "methods", "status", "logs", "cancel")
+COMMANDS_ALONE = ("parity", "predict", "inspect", "methods", "status", "logs", "cancel")
 GROUPS = ("checkpoint", "data", "adapter", "template")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 49
+    assert len(COMMANDS) == 63
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep", "sbatch")]
 
 

@@ -32,10 +32,16 @@ RUN = Path("runs/lora_sst2")
 def test_the_globs_found_what_there_is() -> None:
     assert [path.name for path in RECIPES] == [
         "lora_sst2.py",
+        "pretrain_bart.py",
         "pretrain_clm.py",
+        "pretrain_mlm.py",
+        "pretrain_t5.py",
+        "pretrain_xlnet.py",
+        "qa.py",
         "qlora_instruct.py",
         "sft_full.py",
         "sft_smollm2.py",
+        "summarize.py",
     ]
     assert [path.name for path in CONFIGS] == ["full_sst2_hub.yaml", "lora_sst2_hub.yaml", "pretrain_clm_hub.yaml"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.backend import Engine
 from trainer.data.batches import evaluation_batches, rank_share
-from trainer.data.classify import ClassificationSet, Split
+from trainer.data.classify import TARGETS, ClassificationSet, Split
 
 
 def evaluate_logits(
@@ -30,6 +30,7 @@ def evaluate_logits(
         for ids in evaluation_batches(split.lengths, batch_size, engine.world_size):
             share = rank_share(ids, engine.rank, engine.world_size)
             inputs = engine.to_device(data.collate(split, share))
-            inputs.pop("labels")
+            for name in TARGETS:
+                inputs.pop(name, None)
             logits[torch.from_numpy(share)] = forward(inputs).logits[: len(share)].double().cpu()
     return engine.sum_array_over_ranks(logits).numpy()

@@ -262,7 +262,7 @@ class Trainer:
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluate on the validation split; export the weights when the watched metric is the best so far. Collective."""
-        progress, name = self.progress, self.config.train.metric
+        progress, name = self.progress, self.config.watched_metric
         progress.evaluated_step = progress.step
         metrics = self.evaluate()
         is_best = progress.best_metric is None or is_better(name, metrics[name], progress.best_metric)

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from trainer.backend.wrap import repeated_blocks
+from trainer.backend.wrap import block_stacks
 from trainer.config import RunConfig, TrainConfig
 from trainer.model.heads import encoder_of, head_parameters, without_adapter
 from trainer.model.methods import METHODS
@@ -133,13 +133,25 @@ def lr_factors(model: nn.Module, config: RunConfig) -> dict[int, float]:
 
 
 def layer_depths(model: nn.Module) -> dict[int, int]:
-    """Depth of each parameter, by id: 0 for embeddings, i + 1 for block i, one more for pooler, last norm and head."""
-    blocks = repeated_blocks(encoder_of(model))
-    of_block = {id(p): position + 1 for position, block in enumerate(blocks) for p in block.parameters()}
+    """Depth of each parameter, by id: 0 for embeddings, i + 1 for block i, one more for pooler, last norm and head.
+
+    Encoder and decoder each count from their own top, since every block of the decoder reads what the encoder's top says.
+    """
+    stacks = block_stacks(encoder_of(model))
+    top = max(map(len, stacks), default=0)
+    of_block = {
+        id(parameter): top - len(stack) + position + 1
+        for stack in stacks
+        for position, block in enumerate(stack)
+        for parameter in block.parameters()
+    }
     depths: dict[int, int] = {}
-    before_blocks = bool(blocks)
-    for parameter in without_adapter(model).parameters():
+    before_blocks = bool(stacks)
+    for name, parameter in without_adapter(model).named_parameters():
         if id(parameter) in of_block:
             before_blocks = False
-        depths[id(parameter)] = of_block.get(id(parameter), 0 if before_blocks else len(blocks) + 1)
+        is_below = before_blocks or (
+            len(stacks) > 1 and "embed" in name
+        )  # a decoder's stand behind the encoder's blocks
+        depths[id(parameter)] = of_block.get(id(parameter), 0 if is_below else top + 1)
     return depths

@@ -24,6 +24,7 @@ from trainer.faults import fault_point
 from trainer.log import RunLog, lock_run_folder, start_run_folder, write_summary
 from trainer.model.export import adapter_files, export_model, load_exported
 from trainer.model.methods import METHODS
+from trainer.model.vocabulary import tokenizer_files
 from trainer.plots import plot_curves
 from trainer.resolve import config_to_yaml
 from trainer.run_folder import INFO_FILE
@@ -133,7 +134,8 @@ class RunOutput:
             INFO_FILE: json.dumps(self.describe_model(step), indent=1),
         }
         files |= adapter_files(self.engine.module)
-        return {name: text.encode() for name, text in files.items()} | self.task.tokenizer_files()
+        own = tokenizer_files(self.task.tokenizer) if self.config.model.added_tokens is not None else {}
+        return {name: text.encode() for name, text in files.items()} | own | self.task.tokenizer_files()
 
     def write_outcome(self, outcome: str, progress: "Progress") -> None:
         """Rank 0: how this start ended, for whoever starts the run again."""
@@ -250,7 +252,7 @@ class RunOutput:
             "name": self.config.name,
             "backend": engine.describe(),
             "steps": progress.step,
-            "best step": f"{progress.best_step} (validation {self.config.train.metric} {progress.best_metric:.4f})",
+            "best step": f"{progress.best_step} (validation {self.config.watched_metric} {progress.best_metric:.4f})",
             **{f"{split_name} {name}": value for name, value in metrics.items()},
             "time": f"{elapsed_s:.0f} s",
             "training speed": f"{float(np.median(self.speeds)) if self.speeds else 0.0:,.1f} {unit}/s (median)",

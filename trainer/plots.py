@@ -18,9 +18,22 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.errors import SamestepError
 
 TRAIN, VALIDATION, MARK = "#4269d0", "#e8710a", "#444444"
-OTHER_COLORS = {"f1": "#3ca951", "precision": "#a463f2", "recall": "#b3261e"}
+OTHER_COLORS = {
+    "f1": "#3ca951",
+    "precision": "#a463f2",
+    "recall": "#b3261e",
+    "micro_f1": "#a463f2",
+    "pearson": "#3ca951",
+    "spearman": "#a463f2",
+}
 
-TITLES = {"bits_per_byte": "bits per byte", "grad_norm": "gradient norm"}
+TITLES = {
+    "bits_per_byte": "bits per byte",
+    "grad_norm": "gradient norm",
+    "mae": "mean absolute error",
+    "f1": "macro F1",
+    "micro_f1": "micro F1",
+}
 
 SMOOTHING_FRACTION = 0.02
 """Width of the smoothing of training curves, as a share of the points drawn."""
@@ -46,13 +59,14 @@ def plot_curves(metrics_jsonl: Path, out: Path) -> None:
     figure.suptitle(out.absolute().parent.name, fontsize=15, fontweight="bold")
     panels = figure.subplots(2, 2, sharex=True)
     _draw_pair(panels[0, 0], rows, "loss", best_step)
-    _draw_pair(panels[0, 1], rows, "bits_per_byte" if is_recorded(rows, "bits_per_byte") else "accuracy", best_step)
+    main = next((metric for metric in ("bits_per_byte", "mae") if is_recorded(rows, metric)), "accuracy")
+    _draw_pair(panels[0, 1], rows, main, best_step)
     _draw_rate(panels[1, 0], rows)
     if any(is_recorded(rows, metric) for metric in OTHER_COLORS) or not is_recorded(rows, "grad_norm"):
         _draw_others(panels[1, 1], rows, best_step)
     else:
         _draw_pair(panels[1, 1], rows, "grad_norm", best_step)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_confusion(matrix: ArrayLike, label_names: Sequence[str], out: Path) -> None:
@@ -71,7 +85,7 @@ def plot_confusion(matrix: ArrayLike, label_names: Sequence[str], out: Path) -> 
     _write_cells(panel, counts, shares)
     accuracy = np.trace(counts) / max(counts.sum(), 1)
     panel.set_title(f"{out.absolute().parent.name}\naccuracy {accuracy:.4f} of {counts.sum():,} examples", fontsize=12)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_bars(values: Mapping[str, float], title: str, label: str, out: Path) -> None:
@@ -88,7 +102,7 @@ def plot_bars(values: Mapping[str, float], title: str, label: str, out: Path) ->
     panel.set_xlabel(label)
     panel.set_title(title, fontsize=12)
     panel.grid(axis="x", alpha=0.3)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
@@ -165,8 +179,9 @@ def _draw_others(panel: Any, rows: Sequence[dict[str, Any]], best_step: int | No
     """The other metrics of the validation split."""
     for metric, color in OTHER_COLORS.items():
         _draw_validation(panel, rows, metric, color, metric)
-    _mark_best(panel, rows, "f1", best_step)
-    _finish(panel, "validation: macro F1, precision, recall")
+    shown = [metric for metric in OTHER_COLORS if is_recorded(rows, metric)]
+    _mark_best(panel, rows, shown[0] if shown else "f1", best_step)
+    _finish(panel, f"validation: {', '.join(TITLES.get(metric, metric) for metric in shown or ('f1',))}")
 
 
 def _draw_rate(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -230,7 +245,7 @@ def _percent(share: float, position: int | None = None) -> str:
     return f"{100 * share:.0f}%"
 
 
-def _save(figure: Any, out: Path) -> None:
+def save_figure(figure: Any, out: Path) -> None:
     """Write the PNG whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

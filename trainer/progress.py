@@ -98,7 +98,7 @@ class Progress(Counters):
 
 
 def is_better(name: str, value: float, best: float) -> bool:
-    """Whether a metric improved; a loss improves by falling, and anything is better than nan."""
+    """Whether a metric improved; a loss or an error improves by falling, and anything is better than nan."""
     if math.isnan(best):
         return True
-    return value < best if name == "loss" else value > best
+    return value < best if name in ("loss", "mae") else value > best

@@ -23,15 +23,10 @@ INFO_FILE = "samestep.json"
 
 NEEDED = {"classification": ("base", "label_names", "max_length")}
 """What prediction needs to know, by task."""
-USE = {
-    "classification": "leave out --chat",
-    "clm": "ask it with samestep predict RUN --chat, or open it with transformers' AutoModelForCausalLM.from_pretrained",
-}
-"""How an exported model of another task is used."""
 
 
-def find_exported(path: Path, task: str = "classification") -> Path:
-    """The folder of an exported model of a task: `path` itself or the model folder in it. CheckpointError says what lacks."""
+def find_exported(path: Path, task: str | None = "classification") -> Path:
+    """The folder of an exported model of a task, None for any: `path` itself or the model folder in it. CheckpointError says what lacks."""
     if (path / INFO_FILE).is_file():
         return _checked(path, task)
     if (path / MODEL_FOLDER / INFO_FILE).is_file():
@@ -44,7 +39,7 @@ def is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in RUN_FILES)
 
 
-def _checked(folder: Path, wanted: str) -> Path:
+def _checked(folder: Path, wanted: str | None) -> Path:
     """The folder, once its samestep.json says what prediction needs."""
     file = folder / INFO_FILE
     try:
@@ -55,8 +50,10 @@ def _checked(folder: Path, wanted: str) -> Path:
         raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; take the model folder from its run again")
-    if task != wanted:
-        raise CheckpointError(f"{folder} holds a model of task {task}, and this is for {wanted}; {USE[task]}")
+    if wanted is not None and task != wanted:
+        raise CheckpointError(
+            f"{folder} holds a model of task {task}, and this is for {wanted}; samestep predict RUN asks it by its task"
+        )
     return folder
 
 

@@ -23,7 +23,7 @@ from trainer.divergence import SPIKE_WARM_UP, judge_step
 from trainer.errors import DivergedError
 from trainer.loss import classification_loss_sum
 from trainer.progress import Progress
-from trainer.task import classification
+from trainer.task import targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +92,7 @@ def spoilt(config: RunConfig, factor: float, steps: tuple[int, ...]) -> dict[str
         current["trainer"] = trainer
         compute(trainer)
 
-    classification.classification_loss_sum = loss
+    targets.classification_loss_sum = loss
     loop.Trainer.compute_gradients = and_note  # type: ignore[method-assign]
     return train(config)
 

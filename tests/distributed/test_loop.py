@@ -23,7 +23,7 @@ from trainer.loop import Trainer
 from trainer.loss import classification_loss_sum
 from trainer.model.load import build_model
 from trainer.stop import SIGNALS, STOP_FILE
-from trainer.task import build_task, classification
+from trainer.task import build_task, targets
 
 TRAIN_LINE = {"step", "epoch", "train/loss", "train/accuracy", "train/lr", "train/grad_norm", "samples_per_s"}
 MEASURES = {"loss", "accuracy", "precision", "recall", "f1", "count"}
@@ -75,7 +75,7 @@ def train(runs: list[tuple[RunConfig, Change | None]]) -> list[dict[str, Any]]:
         accelerator.free_memory()
         trainer = Trainer(config, accelerator, model, task)
         written = writes_below(config.folder)
-        classification.classification_loss_sum = classification_loss_sum
+        targets.classification_loss_sum = classification_loss_sum
         if change is not None:
             change(trainer)
         error = None
@@ -176,7 +176,7 @@ def spoil(factor: float, offset: float, steps: range, trainer: Trainer) -> None:
         weights = [tensor.cpu().numpy().ravel().copy() for _, tensor in trainer.engine.weights(trainable_only=True)]
         trainer.noted["weights"].append(np.concatenate(weights))  # type: ignore[attr-defined]
 
-    classification.classification_loss_sum = spoilt  # in this process until the next training
+    targets.classification_loss_sum = spoilt  # in this process until the next training
     trainer.train_step = step_and_note  # type: ignore[method-assign]
 
 

@@ -82,9 +82,7 @@ def test_fsdp_takes_the_gradient_of_single_and_keeps_ties(name: str) -> None:
 
 def test_zero_buckets_follow_the_size_of_the_model() -> None:
     assert zero_buckets(num_parameters=10_000, hidden_size=16, stage=2)["reduce_bucket_size"] == 10_000
-    assert (
-        zero_buckets(num_parameters=9_999, hidden_size=16, stage=2)["reduce_bucket_size"] == 10_000
-    )  # DeepSpeed wants it even
+    assert zero_buckets(num_parameters=10_001, hidden_size=16, stage=2)["allgather_bucket_size"] == 10_002
     large = zero_buckets(num_parameters=7_000_000_000, hidden_size=4096, stage=3)
     assert large["reduce_bucket_size"] == 500_000_000
     assert large["stage3_param_persistence_threshold"] == 40_960

@@ -1,6 +1,5 @@
 """`samestep data show RECIPE K --augment`, and what is refused about augmentation."""
 
-
 import pytest
 
 from launch.cli import main

@@ -1,7 +1,7 @@
 """Each method trains exactly the weights it says; LoRA's sizes and targets; mistakes found on the meta device."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_bart, tiny_llama, tiny_t5
 from trainer.config import (
     AdapterConfig,
     BitfitConfig,
@@ -35,6 +35,7 @@ from trainer.config import (
     VeraConfig,
 )
 from trainer.errors import ConfigError
+from trainer.model.architecture import load_architecture, meta_model
 from trainer.model.bottleneck import Bottleneck
 from trainer.model.methods import METHODS, apply_method, check_method
 from trainer.model.targets import resolve_targets
@@ -155,6 +156,19 @@ def test_all_linear_covers_conv1d_of_gpt2() -> None:
     assert len(names) == 2 * 4 and "transformer.h.1.mlp.c_proj" in names
     model = on_meta(SMALL_GPT2, LoraConfig(rank=2))
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 8
+
+
+@pytest.mark.parametrize(("make", "per_stack"), [(tiny_t5, (6, 10)), (tiny_bart, (6, 10))], ids=["t5", "bart"])
+def test_all_linear_covers_encoder_and_decoder(make: Any, per_stack: tuple[int, int], tmp_path: Path) -> None:
+    """Two blocks each: four layers of an attention, of which the decoder has two, and two of the feed-forward."""
+    config = ModelConfig(source=str(make(tmp_path)), task="seq2seq")
+    layers = meta_model(config, load_architecture(config, ()))
+    names = resolve_targets(layers, "all-linear")
+    found = [sum(f"{stack}." in name for name in names) for stack in ("encoder", "decoder")]
+    assert found == [2 * count for count in per_stack]
+    assert not any(name.startswith("lm_head") for name in names)
+    model = apply_method(layers, LoraConfig(rank=2), task="seq2seq")
+    assert sum(name.endswith("lora_A.default.weight") for name in trainable(model)) == 2 * sum(per_stack)
 
 
 def test_a_target_never_reaches_into_the_head() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests.tiny import tiny_bert, tiny_t5
+from tests.tiny import tiny_bert, tiny_writer
 from trainer.config import Augmentation
 from trainer.data.samples import Samples
 from trainer.errors import ConfigError
@@ -20,7 +20,7 @@ TEXTS = [f"the film is a {word} story" for word in ("good", "bad", "dull", "fine
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("writers")
     for seed in range(3):
-        tiny_t5(folder / f"t5-{seed}", seed)
+        tiny_writer(folder / f"t5-{seed}", seed)
     tiny_bert(folder / "bert")
     return folder
 
@@ -75,7 +75,7 @@ def test_writing_leaves_torchs_generator_alone_and_no_text_empty(folder: Path) -
 
 
 def test_a_model_is_known_by_the_content_of_its_files(folder: Path, tmp_path: Path) -> None:
-    assert model_digest(str(folder / "t5-0")) == model_digest(str(tiny_t5(tmp_path / "copy", 0)))
+    assert model_digest(str(folder / "t5-0")) == model_digest(str(tiny_writer(tmp_path / "copy", 0)))
     assert model_digest(str(folder / "t5-0")) != model_digest(str(folder / "t5-1"))
 
 

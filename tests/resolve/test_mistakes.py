@@ -11,6 +11,7 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.resolve import check_world, load_config, resolve
 from trainer.resolve.fields import fields_of
+from trainer.resolve.inputs import input_problems
 from trainer.resolve.suggest import SYNONYMS
 
 
@@ -163,6 +164,33 @@ def test_global_batch_smaller_than_the_world_is_found(monkeypatch: pytest.Monkey
     first, second = problems_of("train.global_batch_size=2", "peak_lr=1")
     assert "peak_lr" in first
     assert second.startswith("train.global_batch_size (2) is smaller than the number of processes (4);")
+
+
+def test_a_subset_of_a_hub_dataset_has_effect_for_every_kind_of_data() -> None:
+    for task, kind in (("clm", "instruct"), ("clm", "live"), ("seq2seq", "pairs")):
+        chosen = [
+            f"model.task={task}",
+            f"data.kind={kind}",
+            "train.metric=loss",
+            "data.subset=en",
+            "train.num_epochs=none",
+        ]
+        assert resolved(*chosen, "data.source=owner/name", "train.max_steps=1").config.data.subset == "en"  # type: ignore[union-attr]
+        (problem,) = problems_of(*chosen, "data.source=chats.jsonl", "train.max_steps=1")
+        assert problem.startswith(
+            "data.subset (en) on the command line: has no effect unless data.source is a hub dataset"
+        )
+
+
+def test_mistakes_in_pairs_are_found_before_anything_loads(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", '{"text": "a", "target": "b"}\n{"text": "a", "target": ""}\n')
+    chosen = ["model.task=seq2seq", "data.kind=pairs", f"data.source={path}", "train.metric=loss"]
+    config = resolved(*chosen).config
+    assert input_problems(config, ["model.source: not looked at here"]) == [
+        f"{path}:2: column target is empty, and must hold text; correct them, or take them out"
+    ]
+    problems = input_problems(resolved(*chosen, "data.target=summary").config, ["model"])
+    assert problems[0].startswith(f"data.target (summary): {path} has no such column")
 
 
 def test_every_synonym_leads_to_an_existing_setting() -> None:

@@ -14,7 +14,7 @@ from trainer.config import InstructData, LoraConfig, ModelConfig, OptimConfig, P
 from trainer.data.docstrings import INSTRUCTION, pairs_of_file
 from trainer.metrics import rouge_l
 from trainer.model.export import load_exported
-from trainer.task.instruct import generate
+from trainer.predict.generate import Decoding, generate
 
 CHAT = (
     "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}{{ m.content }}"
@@ -205,12 +205,13 @@ def test_a_packed_conversation_does_not_see_its_neighbour(root: Path) -> None:
 def test_generation_ends_at_the_stop_and_does_not_depend_on_its_company(root: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
     prompts = [torch.tensor([1, 5, 2]), torch.tensor([1, 7, 8, 9, 2]), torch.tensor([3])]
-    together = generate(model, prompts, NUM_WORDS, [NUM_WORDS], 12)
+    how = Decoding(NUM_WORDS, [NUM_WORDS], 12)
+    together = generate(model, prompts, how)
     for prompt, (ids, has_stopped) in zip(prompts, together, strict=True):
-        ((alone, stopped),) = generate(model, [prompt], NUM_WORDS, [NUM_WORDS], 12)
+        ((alone, stopped),) = generate(model, [prompt], how)
         assert (alone.tolist(), stopped) == (ids.tolist(), has_stopped)
     first = int(together[0][0][2])
-    ((cut, stopped),) = generate(model, prompts[:1], NUM_WORDS, [NUM_WORDS, first], 12)
+    ((cut, stopped),) = generate(model, prompts[:1], Decoding(NUM_WORDS, [NUM_WORDS, first], 12))
     assert stopped
     assert first not in cut.tolist()
 

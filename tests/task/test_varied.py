@@ -13,7 +13,8 @@ from trainer.config import Augmentation, ClassificationData, ModelConfig, RunCon
 from trainer.config.augment import AugmentKind
 from trainer.data.classify import read_splits
 from trainer.task.classification import ClassificationTask, build
-from trainer.task.varied import mixed_loss_sum
+from trainer.task.targets import OneLabel
+from trainer.task.varied import blended_values
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,11 @@ def test_a_blend_holds_both_texts_and_attends_where_either_has_a_token(root: Pat
             tokens = split.tokens[split.offsets[number] : split.offsets[number + 1]].tolist()
             assert batch[name][row].tolist() == tokens + [0] * (batch[name].shape[1] - length)
         assert batch["attention_mask"][row].sum() == lengths.max()
-    assert batch["mix_labels"].tolist() == split.labels[partners].tolist()
+        share, expected = float(batch["mix_share"][row]), np.zeros(2)
+        expected[split.labels[own]] += share
+        expected[split.labels[other]] += 1 - share
+        assert batch["values"][row].tolist() == pytest.approx(expected.tolist())
+    assert batch["labels"].tolist() == split.labels[samples].tolist()
     assert ((batch["mix_share"] >= 0.5) & (batch["mix_share"] <= 1)).all()
     assert set(task.model_inputs(batch)) == {"input_ids", "attention_mask", "mix_ids", "mix_share"}
 
@@ -82,22 +87,29 @@ def test_no_numbers_make_a_dummy_that_is_no_target(root: Path) -> None:
     batch, real = task.training_batch(np.array([], np.int64)), task.training_batch(task.global_batch(0))
     assert batch["labels"].tolist() == [-100] and set(batch) == set(real)
     logits = torch.randn(1, 2, requires_grad=True)
-    loss = mixed_loss_sum(logits, batch)
+    loss = OneLabel(None, 0.1).loss_sum(logits, batch)
     loss.backward()
     assert loss == 0 and not logits.grad.any()
 
 
-def test_the_loss_is_the_cross_entropy_of_soft_labels() -> None:
-    """torch's own cross-entropy takes probabilities."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0])])
+def test_the_loss_is_the_share_of_each_labels_loss(weights: torch.Tensor | None, smoothing: float) -> None:
     logits, share = torch.randn(4, 3), torch.tensor([0.5, 0.9, 1.0, 0.7])
     labels, others = torch.tensor([0, 2, 1, -100]), torch.tensor([1, 2, 0, 0])
-    soft = torch.zeros(3, 3)
-    for row in range(3):
-        soft[row, labels[row]] += share[row]
-        soft[row, others[row]] += 1 - share[row]
-    expected = torch.nn.functional.cross_entropy(logits[:3], soft, reduction="sum")
-    batch = {"labels": labels, "mix_labels": others, "mix_share": share}
-    torch.testing.assert_close(mixed_loss_sum(logits, batch), expected)
+    own, other = (
+        torch.nn.functional.cross_entropy(logits[:3], ids[:3], weights, reduction="none", label_smoothing=smoothing)
+        for ids in (labels, others)
+    )
+    values = blended_values({"labels": labels}, {"labels": others}, share, 3)
+    found = OneLabel(weights, smoothing).loss_sum(logits, {"labels": labels, "values": values})
+    torch.testing.assert_close(found, (share[:3] * own + (1 - share[:3]) * other).sum())
+
+
+def test_numbers_and_several_labels_are_blended_too() -> None:
+    share = torch.tensor([0.75, 0.5])
+    own, others = {"values": torch.tensor([[4.0], [1.0]])}, {"values": torch.tensor([[8.0], [3.0]])}
+    assert blended_values(own, others, share, 1).tolist() == [[5.0], [2.0]]
 
 
 def test_only_training_data_is_changed_and_its_order_is_not(root: Path) -> None:

@@ -17,10 +17,14 @@ MAX_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default; 2 GB in fp32, so s
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's transformer blocks: the ModuleLists of one class that together hold the most parameters.
+    """The model's transformer blocks, of an encoder and of a decoder too."""
+    return list(chain.from_iterable(block_stacks(model)))
+
+
+def block_stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The ModuleLists of one class that together hold the most parameters: one, or those of an encoder and a decoder.
 
     `_no_split_modules` is not enough: it names too much for tied embeddings (BertForMaskedLM) and nothing for XLNet.
-    An encoder and a decoder of different block classes are both returned.
     """
     lists = [
         m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1
@@ -31,7 +35,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     largest = max(size for size, _ in sized)
     inside: set[int] = set(chain.from_iterable((id(m) for b in blocks for m in b.modules()) for _, blocks in sized))
     outer = [(size, blocks) for size, blocks in sized if id(blocks) not in inside]
-    return [block for size, blocks in outer if size * 4 >= largest for block in blocks]
+    return [blocks for size, blocks in outer if size * 4 >= largest]
 
 
 def modules_sharing_parameters(model: nn.Module) -> list[list[nn.Module]]:
@@ -121,7 +125,8 @@ def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig
 
 def zero_buckets(*, num_parameters: int, hidden_size: int, stage: int) -> dict[str, int]:
     """Sizes in elements. DeepSpeed's default of 5e8 takes 2 GB per bucket in fp32, whatever the model."""
-    bucket = min(MAX_BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # DeepSpeed asserts an even number
+    bucket = max(min(MAX_BUCKET_ELEMENTS, num_parameters), 1)
+    bucket += bucket % 2  # DeepSpeed 0.19 refuses an odd one for stages 1 and 2
     sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         sizes["stage3_prefetch_bucket_size"] = min(bucket, 10 * hidden_size * hidden_size)

@@ -98,7 +98,7 @@ def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]]
 
 def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_names: Sequence[str]) -> nn.Module:
     """What the tensors are put into: for an adapter the adapted model without weights, else the base with its weights."""
-    architecture = load_architecture(config.model, label_names)
+    architecture = load_architecture(config.model, label_names, target=config.target)
     if SETTINGS_FILE in manifest.files:
         model = meta_model(config.model, architecture)
         insert_bottlenecks(model, read_json(folder / SETTINGS_FILE))

@@ -6,7 +6,7 @@ Precision, sharding and process count are not here: they belong to the accelerat
 """
 
 from trainer.config.augment import Augmentation
-from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData
+from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData, Target, check_weights
 from trainer.config.method import (
     AdapterConfig,
     BitfitConfig,
@@ -24,6 +24,8 @@ from trainer.config.method import (
     RsloraConfig,
     VeraConfig,
 )
+from trainer.config.pairs import PairData
+from trainer.config.questions import QuestionData
 from trainer.config.run import (
     MetricName,
     ModelConfig,
@@ -54,16 +56,20 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PTuningConfig",
+    "PairData",
     "PrefixConfig",
     "ProbeConfig",
     "PromptConfig",
     "QloraConfig",
+    "QuestionData",
     "Resume",
     "RsloraConfig",
     "RunConfig",
     "Section",
     "StreamData",
+    "Target",
     "TrainConfig",
     "VeraConfig",
+    "check_weights",
     "may_change",
 ]

@@ -7,11 +7,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from typing_extensions import Self
 
 from trainer.config.augment import Augmentation
-from trainer.config.section import Fraction, MayChange, Section
+from trainer.config.section import Fraction, MayChange, Probability, Section
+
+Target = Literal["single", "multi", "regression"]
+"""What a text's label is: one class, several, a number."""
 
 
 class ClassificationData(Section):
-    """Sentences or sentence pairs with one label each."""
+    """Sentences or sentence pairs with one label each, several labels, or a number."""
 
     kind: Literal["classification"] = "classification"
     """The kind of data."""
@@ -31,6 +34,18 @@ class ClassificationData(Section):
     """Column of the label."""
     labels: tuple[str, ...] | None = None
     """The label set, in the order of class ids. None: the sorted labels found in the source. A label outside is a bad row."""
+    target: Target = "single"
+    """`single`: one label for each text. `multi`: any number of labels, a list (JSONL, Parquet) or a text with `label_separator`; the loss
+    is the binary cross-entropy averaged over labels. `regression`: a number; the loss is the squared error."""
+    label_separator: Annotated[str, Field(min_length=1)] = ","
+    """Between the labels of a text cell, for target=multi. An empty list says that no label holds; an empty cell is a missing label."""
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
+    """Factor of each label's loss, in the order of class ids; the sum is still divided by the number of examples, not by that of the
+    weights. `balanced`: N / (C * count) of the training split, as scikit-learn; for target=multi the factor is of the examples that have
+    the label (torch's pos_weight), and `balanced` is their number against the others'. None: all 1."""
+    label_smoothing: Probability = 0.0
+    """Share of each target that is spread over all classes (arXiv 1512.00567), for target=single. Like the class weights, it is part of
+    the evaluation loss too, as with transformers' Trainer."""
     validation_fraction: Fraction = 0.15
     """Share of the source held out for validation, stratified by label, where `validation` is None."""
     test_fraction: Fraction = 0.15
@@ -64,6 +79,38 @@ class ClassificationData(Section):
                 f"text_pair ({self.text_pair}) does not go with mixup, which blends single texts; set it to none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _settings_fit_the_target(self) -> Self:
+        if self.label_smoothing > 0 and self.target != "single":
+            raise ValueError(
+                f"label_smoothing ({self.label_smoothing:g}) spreads one target over all classes, which target={self.target} has not; "
+                "set data.label_smoothing=0"
+            )
+        if self.target == "regression":
+            for name in ("labels", "class_weights"):
+                value = getattr(self, name)
+                if value is not None:
+                    shown = value if isinstance(value, str) else ", ".join(map(str, value))
+                    raise ValueError(
+                        f"{name} ({shown}) is of classes, and target=regression has none; set data.{name}=none"
+                    )
+        if isinstance(self.class_weights, tuple) and min(self.class_weights, default=0.0) < 0:
+            raise ValueError(
+                f"class_weights ({min(self.class_weights):g}) must not be below 0; give factors such as 0.5,2"
+            )
+        if self.labels is not None and isinstance(self.class_weights, tuple):
+            check_weights(self.class_weights, self.labels)
+        return self
+
+
+def check_weights(weights: tuple[float, ...], labels: tuple[str, ...]) -> None:
+    """ValueError unless there is a weight for each label."""
+    if len(weights) != len(labels):
+        raise ValueError(
+            f"class_weights ({', '.join(f'{weight:g}' for weight in weights)}) must be one for each of the {len(labels)} labels: "
+            f"{', '.join(labels[:20])}; give {len(labels)} numbers in this order, or balanced"
+        )
 
 
 ObjectiveName = Literal["clm", "mlm", "mlm_nsp", "mlm_sop", "span_corruption", "infilling", "plm"]

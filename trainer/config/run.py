@@ -12,11 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-from trainer.config.data import TASK_OF_OBJECTIVE, ClassificationData, InstructData, LiveData, StreamData
+from trainer.config.data import TASK_OF_OBJECTIVE, ClassificationData, InstructData, LiveData, StreamData, Target
 from trainer.config.method import FullConfig, MethodConfig
+from trainer.config.pairs import PairData
+from trainer.config.questions import QuestionData
 from trainer.config.section import Fraction, MayChange, Probability, Section
 
-MetricName = Literal["loss", "accuracy", "precision", "recall", "f1", "exact_match"]
+MetricName = Literal[
+    "loss", "accuracy", "precision", "recall", "f1", "micro_f1", "exact_match", "mae", "pearson", "spearman"
+]
 TaskName = Literal[
     "classification", "token_classification", "question_answering", "clm", "mlm", "mlm_pairs", "plm", "seq2seq"
 ]
@@ -32,12 +36,22 @@ class ModelConfig(Section):
     (mlm), and whether two texts belong together (mlm_pairs); tokens in a permuted order (plm); a text from a text (seq2seq)."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the architecture from `source` and trains from scratch."""
+    added_tokens: Path | None = None
+    """File with one word a line that the tokenizer gets as tokens of their own (`samestep data vocabulary` proposes
+    some); for method full."""
     dropout: Probability | None = None
     """Dropout of hidden states, for models that have one. None keeps the model's own rate."""
     attention_dropout: Probability | None = None
     """Dropout of attention probabilities. None keeps the model's own rate."""
     head_dropout: Probability | None = None
     """Dropout before the classifier. None keeps the model's own rate."""
+    pooling: Literal["model", "first", "mean"] = "model"
+    """What the classification head reads. `model`: the head that transformers gives the architecture, such as BERT's pooler. `first`: the
+    last layer's first token; `mean`: the mean of its tokens. These two have a head of samestep's (trainer/model/pooled_head.py), which
+    samestep reopens and plain transformers does not."""
+    head_layers: Literal[1, 2] | None = None
+    """With pooling=first or mean. 1: dropout and a linear layer; 2: a linear layer and tanh before these. None: 1, and the architecture's
+    own with pooling=model."""
     attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], MayChange] = "auto"
     """Attention kernel. `auto` is transformers' own choice for the model and device."""
     gradient_checkpointing: Annotated[bool, MayChange] = False
@@ -45,8 +59,23 @@ class ModelConfig(Section):
     trust_remote_code: Annotated[bool, MayChange] = False
     """Run Python code shipped inside a model repository. Off: such a model is refused."""
 
+    @model_validator(mode="after")
+    def _head_fits(self) -> Self:
+        if self.pooling != "model" and self.task != "classification":
+            raise ValueError(
+                f"pooling ({self.pooling}) is of the head of model.task=classification, not of {self.task}; set model.pooling=model"
+            )
+        if self.pooling == "model" and self.head_layers is not None:
+            fix = "set model.pooling=first or mean, or model.head_layers=none"
+            if self.task != "classification":
+                fix = "set model.head_layers=none"
+            raise ValueError(f"head_layers ({self.head_layers}) has no effect on the architecture's own head; {fix}")
+        return self
 
-DataConfig = Annotated[ClassificationData | StreamData | LiveData | InstructData, Field(discriminator="kind")]
+
+DataConfig = Annotated[
+    ClassificationData | StreamData | LiveData | InstructData | PairData | QuestionData, Field(discriminator="kind")
+]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("loss", "accuracy", "precision", "recall", "f1"),
@@ -55,6 +84,12 @@ METRICS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("clm", "mlm", "mlm_pairs", "plm", "seq2seq"), ("loss",)),
 }
 """What train.metric may watch, by model.task."""
+TARGET_METRICS: dict[str, tuple[str, ...]] = {
+    "single": METRICS["classification"],
+    "multi": ("loss", "f1", "micro_f1", "accuracy"),
+    "regression": ("loss", "mae", "pearson", "spearman"),
+}
+"""The same for classification, by data.target."""
 KINDS: dict[str, tuple[str, ...]] = {
     "classification": ("classification",),
     "token_classification": ("tags",),
@@ -120,8 +155,9 @@ class TrainConfig(Section):
     """Let a continued run have another length (`num_epochs`, `max_steps`); the schedule follows the new one."""
     log_every: Annotated[PositiveInt, MayChange] = 10
     """Steps between log lines."""
-    metric: MetricName = "accuracy"
-    """The validation metric that chooses the best step, whose weights are exported, and that early stopping watches."""
+    metric: MetricName | None = None
+    """The validation metric that chooses the best step, whose weights are exported, and that early stopping watches. None: accuracy for
+    one label, f1 (the mean over labels) for several and for tags and answers, the loss for anything else."""
     patience: Annotated[PositiveInt | None, MayChange] = None
     """Stop after this many evaluations without a better `metric`. None: never."""
     on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], MayChange] = "stop"
@@ -196,11 +232,36 @@ class RunConfig(Section):
             )
         if self.data.kind == "live" and self.train.max_steps is None:
             raise ValueError("data.kind (live) has no known length; set train.max_steps, and train.num_epochs=none")
-        if self.train.metric not in METRICS[task]:
+        if self.train.metric is not None and self.train.metric not in self.metrics:
+            kind = f"model.task={task}" if self.target in (None, "single") else f"data.target={self.target}"
+            raise ValueError(f"train.metric ({self.train.metric}) must be one of {', '.join(self.metrics)} for {kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits_the_head(self) -> Self:
+        name, pooling = self.method.name, self.model.pooling
+        if pooling != "model" and name in ("prompt", "p_tuning", "prefix"):
             raise ValueError(
-                f"train.metric ({self.train.metric}) must be one of {', '.join(METRICS[task])} for model.task={task}"
+                f"model.pooling ({pooling}) reads the tokens of the text, and method.name={name} puts virtual tokens before them; set "
+                "model.pooling=model, or method.name=lora"
             )
         return self
+
+    @property
+    def target(self) -> Target | None:
+        """`data.target`; None for data without labels."""
+        return self.data.target if isinstance(self.data, ClassificationData) else None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What train.metric may watch."""
+        return METRICS[self.model.task] if self.target is None else TARGET_METRICS[self.target]
+
+    @property
+    def watched_metric(self) -> str:
+        """`train.metric`, or the usual one of the task."""
+        usual = ("f1", "accuracy") if self.target == "multi" else ("accuracy", "f1")
+        return self.train.metric or next((name for name in usual if name in self.metrics), "loss")
 
     @property
     def isolates_documents(self) -> bool:

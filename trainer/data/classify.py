@@ -13,9 +13,11 @@ import numpy as np
 from trainer.config import ClassificationData, RunConfig, TrainConfig
 from trainer.data.augment import Augmenter, describe_augmentation
 from trainer.data.batches import IGNORED, epoch_batches, micro_batches
+from trainer.data.label_table import MOST_CLASSES_SHOWN, label_table
+from trainer.data.labels import check_numbers, class_weights
 from trainer.data.samples import Samples, bad_rows_report, check_labels, label_set, read_samples
 from trainer.data.sources import read_named_split, read_source
-from trainer.data.split import stratified_split
+from trainer.data.split import plain_split, stratified_split
 from trainer.data.tables import Table
 from trainer.data.tokens import Split, Tokenized, check_max_length, tokenize
 from trainer.errors import DataError
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassificationSet", "RawSplits", "Split", "build_data", "read_splits"]
 
-MOST_CLASSES_SHOWN = 6
+TARGETS = ("labels", "values")
+"""What of a batch the model is not called with."""
 BATCHES_LOOKED_AT = 200
 """For the padding share; the batches of an epoch come in random order, so that the first ones speak for all."""
 
@@ -46,6 +49,8 @@ class RawSplits:
     """Where each table came from: what was asked for, what it is, and how splits were cut."""
     dropped: tuple[str, ...]
     """For each table with bad rows, a report of those that were left out."""
+    class_weights: np.ndarray | None = None
+    """(C,) float64: the factor of each label's loss."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +64,31 @@ class ClassificationSet:
     tokenizer: "PreTrainedTokenizerBase"
     pad_token_id: int = 0
     """Fills short samples; the attention mask hides it."""
+    class_weights: np.ndarray | None = None
+    """(C,) float64: the factor of each label's loss."""
     augmenter: Augmenter | None = None
     """Makes other forms of the training samples; None where they are read as they are."""
 
     def collate(self, split: Split, ids: np.ndarray) -> "dict[str, Tensor]":
         """A batch of CPU tensors, padded on the right to its longest sample.
 
-        input_ids, attention_mask and, where the model needs them, token_type_ids: (B, T) int64; labels: (B,) int64. Without
-        ids: one dummy sample, the split's first, whose label is -100, so that ranks make equally many forward passes.
+        input_ids, attention_mask and, where the model needs them, token_type_ids: (B, T) int64; labels: (B,) int64. Labels that are
+        no class ids are in `values`, (B, C) fp32, and `labels` are 0. Without ids: one dummy sample, the split's first, whose label
+        is -100, so that ranks make equally many forward passes.
         """
         import torch  # not at the top: read_splits runs where a second for torch is too long
 
         rows = ids if len(ids) else np.zeros(1, np.int64)
-        starts = split.offsets[rows]
-        lengths = split.offsets[rows + 1] - starts
-        columns = np.arange(lengths.max())
-        mask = columns < lengths[:, None]
-        places = np.where(mask, starts[:, None] + columns, 0)
+        places, mask = split.places(rows)
         batch = {"input_ids": np.where(mask, split.tokens[places], self.pad_token_id), "attention_mask": mask}
         if split.token_types is not None:
             batch["token_type_ids"] = np.where(mask, split.token_types[places], 0)
-        batch["labels"] = split.labels[rows] if len(ids) else np.full(1, IGNORED)
-        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
+        of_classes = split.labels.ndim == 1
+        batch["labels"] = (
+            (split.labels[rows] if of_classes else np.zeros(len(rows))) if len(ids) else np.full(1, IGNORED)
+        )
+        tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
+        return tensors if of_classes else tensors | {"values": torch.from_numpy(split.labels[rows].astype(np.float32))}
 
 
 def read_splits(data: ClassificationData) -> RawSplits:
@@ -98,8 +106,11 @@ def read_splits(data: ClassificationData) -> RawSplits:
         raise DataError("\n".join(problems))
     check_labels(tables["train"], data, names)
     parts |= _cut(parts["train"], data, names)
+    if data.target == "regression":
+        check_numbers({name: part.labels for name, part in parts.items()}, data)
+    weights = class_weights(parts["train"].labels, names, data)
     sources = _describe_sources(tables, data)
-    return RawSplits(parts["train"], parts["validation"], parts.get("test"), names, sources, tuple(dropped))
+    return RawSplits(parts["train"], parts["validation"], parts.get("test"), names, sources, tuple(dropped), weights)
 
 
 def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationSet:
@@ -115,14 +126,23 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     assert isinstance(data, ClassificationData), data.kind
     raw = read_splits(data)
     tokenizer = load_tokenizer(config.model)
-    positions = getattr(load_architecture(config.model, raw.label_names), "max_position_embeddings", None)
+    positions = getattr(
+        load_architecture(config.model, raw.label_names, target=data.target), "max_position_embeddings", None
+    )
     pair = data.text_pair is not None
     check_max_length(data.max_length, tokenizer, pair=pair, source=config.model.source, positions=positions)
     train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
     test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split
     augmenter = build_augmenter(data.augment, raw.train, config.train.seed, accelerator.device)
     built = ClassificationSet(
-        train.split, validation.split, test, raw.label_names, tokenizer, tokenizer.pad_token_id, augmenter
+        train.split,
+        validation.split,
+        test,
+        raw.label_names,
+        tokenizer,
+        pad_token_id=tokenizer.pad_token_id,
+        class_weights=raw.class_weights,
+        augmenter=augmenter,
     )
     if accelerator.is_main_process:
         announce(_describe(config.train, data, raw, built, train, world_size=accelerator.num_processes), is_main=True)
@@ -166,7 +186,11 @@ def _cut(whole: Samples, data: ClassificationData, names: tuple[str, ...]) -> di
             raise DataError(
                 f"data.{name}_fraction ({fraction:g}) of {len(whole):,} samples is none; raise it, or name a {name} split"
             )
-    train, validation, test = stratified_split(whole.labels, (sizes[0], sizes[1]), names, seed=data.split_seed)
+    if data.target == "single":
+        cut = stratified_split(whole.labels, (sizes[0], sizes[1]), names, seed=data.split_seed)
+    else:
+        cut = plain_split(len(whole), (sizes[0], sizes[1]), seed=data.split_seed)
+    train, validation, test = cut
     held_out = {"validation": validation, "test": test}
     return {"train": whole.take(train)} | {name: whole.take(held_out[name]) for name in fractions if fractions[name]}
 
@@ -182,7 +206,8 @@ def _describe_sources(tables: dict[str, Table], data: ClassificationData) -> tup
         if name not in tables and fraction
     ]
     if cut:
-        lines.append(f"held out of it, stratified by label, data.split_seed {data.split_seed}: {', '.join(cut)}")
+        how = "stratified by label" if data.target == "single" else "shuffled"
+        lines.append(f"held out of it, {how}, data.split_seed {data.split_seed}: {', '.join(cut)}")
     return tuple(lines)
 
 
@@ -205,8 +230,9 @@ def _describe(
         ("data", raw.sources + tuple(line for report in raw.dropped for line in report.split("\n"))),
         (
             "",
-            _split_table({name: split.labels for name, split in splits.items() if split is not None}, raw.label_names),
+            label_table({name: split.labels for name, split in splits.items() if split is not None}, raw.label_names),
         ),
+        *([] if raw.class_weights is None else [("weights", (_describe_weights(raw),))]),
         ("batches", (f"{len(batches):,} global batches of {batch_size} per epoch{last}; {padding:.1%} padding",)),
         ("tokens", (f"{train.describe_lengths(data.max_length)} (data.max_length)",)),
         ("augment", describe_augmentation(data.augment)),
@@ -230,24 +256,11 @@ def padding_share(
     return 1 - used / size
 
 
-def _split_table(labels: dict[str, np.ndarray], names: Sequence[str]) -> tuple[str, ...]:
-    """Samples of each split and class, in columns; of many classes only the rarest and the commonest."""
-    counts = {split: np.bincount(ids, minlength=len(names)) for split, ids in labels.items()}
-    if len(names) > MOST_CLASSES_SHOWN:
-        by_count = np.argsort(counts["train"], kind="stable")
-        shown, titles = by_count[[0, -1]], ["rarest: ", "commonest: "]
-        heading = [f"samples of {len(names)} labels"]
-    else:
-        shown, titles, heading = np.arange(len(names)), [""] * len(names), ["samples"]
-    table = [["", *heading, *(title + names[label] for title, label in zip(titles, shown, strict=True))]]
-    for split, count in counts.items():
-        shares = [f"{count[label]:,} ({count[label] / count.sum():.1%})" for label in shown]
-        table.append([split, f"{count.sum():,}", *shares])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return tuple(
-        "  ".join(
-            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    )
+def _describe_weights(raw: RawSplits) -> str:
+    """The factor of each label's loss."""
+    assert raw.class_weights is not None
+    shown = [f"{name} {weight:.4g}" for name, weight in zip(raw.label_names, raw.class_weights, strict=True)][
+        :MOST_CLASSES_SHOWN
+    ]
+    rest = len(raw.label_names) - len(shown)
+    return f"of the loss, by label: {', '.join(shown)}" + (f" and {rest} more" if rest else "")

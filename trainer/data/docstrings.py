@@ -1,8 +1,9 @@
-"""`asset:stdlib` as instruction pairs: functions of the running Python's standard library, and the docstrings their authors wrote."""
+"""`asset:stdlib` as pairs: functions of the running Python's standard library, and the docstrings their authors wrote."""
 
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from trainer.data.assets import cache_folder, stdlib_files
 from trainer.errors import DataError
 
 INSTRUCTION = "Write the docstring of this Python function.\n\n"
+INSIDE = re.compile(r"^\s+(?:async def|def|class) ", re.MULTILINE)
+"""A function or class inside a function."""
 
 
 def docstring_file() -> Path:
@@ -34,6 +37,32 @@ def docstring_file() -> Path:
     except OSError as error:
         raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
     return file
+
+
+def stdlib_summaries() -> list[tuple[str, str]]:
+    """(function, first line of its docstring), in the order of files.
+
+    Without lines that say nothing (a doctest, no letter), and without functions that hold another one's docstring: on two sides of a split
+    they would tell each other's answer.
+    """
+    pairs = [json.loads(line) for line in docstring_file().read_text(encoding="utf-8").split("\n") if line]
+    found = []
+    for pair in pairs:
+        source, summary = pair["prompt"].removeprefix(INSTRUCTION), pair["response"].splitlines()[0].strip()
+        says_something = not summary.startswith(">>>") and any(map(str.isalpha, summary))
+        if says_something and not (INSIDE.search(source) and holds_docstring(source)):
+            found.append((source, summary))
+    return found
+
+
+def holds_docstring(source: str) -> bool:
+    """Whether a function or class inside a function has one; True where the source does not parse alone."""
+    try:
+        (outer,) = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return True
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return any(ast.get_docstring(node) for node in ast.walk(outer) if node is not outer and isinstance(node, kinds))
 
 
 def pairs_of_file(file: Path) -> Iterator[tuple[str, str]]:

@@ -6,13 +6,24 @@ Between trainer/data/tables.py and the splits. Invariant: every row of a table e
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 
 from trainer.config import ClassificationData
+from trainer.data.labels import label_name, label_problem, label_values, names_in
 from trainer.data.tables import Table
 from trainer.errors import DataError
+
+__all__ = [
+    "BadRow",
+    "Samples",
+    "bad_rows_report",
+    "check_labels",
+    "is_unlabelled",
+    "label_name",
+    "label_set",
+    "read_samples",
+]
 
 MOST_SHOWN = 5
 """Bad rows shown with their place; the others are counted."""
@@ -26,7 +37,7 @@ class Samples:
     pairs: list[str] | None
     """Second texts, for sentence pairs."""
     labels: np.ndarray
-    """(N,) int64 class ids."""
+    """(N,) int64 class ids; for multi (N, C) float64 of 0 and 1, for regression (N, 1) float64."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -47,12 +58,17 @@ class BadRow:
 
 
 def label_set(table: Table, data: ClassificationData) -> tuple[str, ...]:
-    """`data.labels`; or a hub dataset's own class names; or the sorted labels of the table, by value where all are integers."""
+    """`data.labels`; or a hub dataset's own class names; or the sorted labels of the table, by value where all are integers.
+
+    For regression the one output is called like the column.
+    """
+    if data.target == "regression":
+        return (data.label,)
     if data.labels is not None:
         return data.labels
     names = table.class_names.get(data.label)
     if names is None:
-        found = {name for name in map(label_name, table.columns[data.label]) if name}
+        found = {name for cell in table.columns[data.label] for name in names_in(cell, data) if name}
         in_order = sorted(found)  # first by name: a set's own order differs between processes
         names = tuple(sorted(in_order, key=int) if all(map(_is_integer, found)) else in_order)
     return names
@@ -60,24 +76,11 @@ def label_set(table: Table, data: ClassificationData) -> tuple[str, ...]:
 
 def check_labels(table: Table, data: ClassificationData, names: Sequence[str]) -> None:
     """DataError where there is nothing to tell apart."""
-    if len(names) < 2:
+    if len(names) < 2 and data.target != "regression":
         raise DataError(
-            f"data.label ({data.label}): the only label in {table.name} is {names[0]!r}, and two or more are needed; name the "
-            "column of the labels, or add samples of another class"
+            f"data.label ({data.label}): the only label in {table.name} is {(names or ('none',))[0]!r}, and two or more are needed; name "
+            "the column of the labels, or add samples of another class"
         )
-
-
-def label_name(value: object) -> str | None:
-    """A label as text: 3, 3.0 and "3" are one label, and true is "true". None where there is no label; "" where it can be no class name."""
-    if value is None or value != value:  # a missing number is NaN in many files
-        return None
-    if isinstance(value, str):
-        return value.strip() or None
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int) else ""
 
 
 def read_samples(
@@ -99,12 +102,14 @@ def read_samples(
     class_ids = {name: index for index, name in enumerate(names)}
     good, bad = [], [BadRow(row.line, "malformed row", row.reason) for row in table.malformed]
     for row, line in enumerate(table.lines):
-        kind, detail = _problem([column[row] for column in texts], labels[row], class_ids)
+        kind, detail = _text_problem([column[row] for column in texts])
+        if not kind:
+            kind, detail = label_problem(labels[row], data, class_ids)
         if kind:
             bad.append(BadRow(line, kind, detail))
         else:
             good.append(row)
-    ids = np.array([class_ids[str(label_name(labels[row]))] for row in good], dtype=np.int64)
+    ids = label_values([labels[row] for row in good], data, class_ids)
     first, *second = [[str(column[row]) for row in good] for column in texts]
     bad.sort(key=lambda row: row.line)
     return Samples(first, second[0] if second else None, ids), bad, _too_many_bad(table, data, bad, names)
@@ -112,8 +117,9 @@ def read_samples(
 
 def is_unlabelled(table: Table, data: ClassificationData, names: Sequence[str]) -> bool:
     """Whether no row has a label, as in a hub's test split, which has -1 everywhere."""
-    hidden = {None} if "-1" in names else {None, "-1"}
-    return bool(table.lines) and all(label_name(value) in hidden for value in table.columns[data.label])
+    hidden = {None} if "-1" in names or data.target != "single" else {None, "-1"}
+    cells = table.columns[data.label]
+    return bool(table.lines) and all(not isinstance(value, list) and label_name(value) in hidden for value in cells)
 
 
 def bad_rows_report(table: Table, bad: Sequence[BadRow]) -> str:
@@ -150,24 +156,19 @@ def _label_column(table: Table, column: str) -> Sequence[object]:
     if names is None:
         return table.columns[column]
     by_id: Mapping[object, str] = dict(enumerate(names))
-    return [by_id.get(value) for value in table.columns[column]]
+    return [
+        [by_id.get(part) for part in value] if isinstance(value, list) else by_id.get(value)
+        for value in table.columns[column]
+    ]
 
 
-def _problem(texts: Sequence[object], label: object, class_ids: Mapping[str, int]) -> tuple[str, str]:
-    """Kind and detail of what is wrong with a row; ("", "") if nothing is."""
+def _text_problem(texts: Sequence[object]) -> tuple[str, str]:
+    """Kind and detail of what is wrong with a row's texts; ("", "") if nothing is."""
     for value in texts:
         if value is None or (isinstance(value, str) and not value.strip()):
             return "empty text", ""
         if not isinstance(value, str):
             return "wrong type", f"the text is a {type(value).__name__}: {value!r:.60}"
-    name = label_name(label)
-    if name is None:
-        return "missing label", ""
-    if not name:
-        return "wrong type", f"a label must be a word or an integer, not {label!r:.60}"
-    if name not in class_ids:
-        near = get_close_matches(name, class_ids, n=1)
-        return "unknown label", repr(name[:60]) + (f", did you mean {near[0]!r}?" if near else "")
     return "", ""
 
 

@@ -99,7 +99,9 @@ def hub_table(dataset: "Dataset", name: str, columns: Mapping[str, str]) -> Tabl
     check_columns(name, dataset.column_names, columns)
     wanted = dataset.select_columns(list(dict.fromkeys(columns.values())))
     class_names = {
-        column: tuple(feature.names) for column, feature in wanted.features.items() if hasattr(feature, "names")
+        column: tuple(names)
+        for column, feature in wanted.features.items()
+        if (names := getattr(getattr(feature, "feature", feature), "names", None))  # of a list: what its items are
     }
     return Table(name, "hub dataset", wanted[:], range(1, len(wanted) + 1), has_lines=False, class_names=class_names)
 

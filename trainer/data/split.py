@@ -1,7 +1,7 @@
-"""The stratified split of a source that brings no validation or test split of its own.
+"""The split of a source that brings no validation or test split of its own: stratified by class, or plain where there is no one class.
 
-Pure. Invariant: the sizes are exact, every class is in every split, and the test split does not change with the size of
-the validation split.
+Pure. Invariant: the sizes are exact, every class of a stratified split is in every part, and the test split does not change
+with the size of the validation split.
 """
 
 import numpy as np
@@ -32,6 +32,20 @@ def stratified_split(
     test_end, validation_end = (np.repeat(ends, counts) for ends in (shares[1], shares[0] + shares[1]))
     is_test, is_train = place < test_end, place >= validation_end
     return np.sort(order[is_train]), np.sort(order[~is_train & ~is_test]), np.sort(order[is_test])
+
+
+def plain_split(count: int, sizes: tuple[int, int], *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ascending positions of the training, validation and test samples of `count`, drawn without a look at their labels.
+
+    sizes: samples of (validation, test). The test split does not depend on the validation split's size. DataError where none is left.
+    """
+    if sum(sizes) >= count:
+        raise DataError(
+            f"the training split would hold {count - sum(sizes)} of {count:,} samples; lower data.validation_fraction and "
+            "data.test_fraction, or name splits of your own"
+        )
+    test, validation, train = np.split(permutation(count, seed), [sizes[1], sizes[0] + sizes[1]])
+    return np.sort(train), np.sort(validation), np.sort(test)
 
 
 def share_out(counts: np.ndarray, size: int, room: np.ndarray) -> np.ndarray:

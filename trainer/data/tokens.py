@@ -33,7 +33,7 @@ class Split:
     token_types: np.ndarray | None
     """int8, as long as `tokens`: which text of a pair a token is of. None where the model needs none."""
     labels: np.ndarray
-    """(N,) int64 class ids."""
+    """(N,) int64 class ids; for multi (N, C) float64 of 0 and 1, for regression (N, 1) float64."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,6 +42,19 @@ class Split:
     def lengths(self) -> np.ndarray:
         """(N,) int64, tokens."""
         return np.diff(self.offsets)
+
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) where in `tokens` those of each sample lie, and (B, T) bool which of these places are its own; T the longest."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        return np.where(mask, starts[:, None] + columns, 0), mask
+
+    def padded(self, rows: np.ndarray, padding: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) tokens of each sample, padded on the right, and (B, T) bool which are no padding."""
+        places, mask = self.places(rows)
+        return np.where(mask, self.tokens[places], padding), mask
 
 
 @dataclass(frozen=True)

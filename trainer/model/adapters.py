@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.export import ADAPTER_FILE, load_base, load_exported, put_adapter, read_sizes, verify_tensors
@@ -118,18 +118,31 @@ def compare(
     positions, kl, same, largest = 0, 0.0, 0, 0.0
     for text in texts:
         inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-        one, two = (flat_logits(model(**inputs).logits) for model in (first, second))
-        log_one, log_two = one.log_softmax(-1), two.log_softmax(-1)
+        one, two = (flat_logits(model(**inputs).logits, getattr(first, "config", None)) for model in (first, second))
         positions += len(one)
-        kl += float((log_one.exp() * (log_one - log_two)).sum())
+        kl += float(divergences(one, two).sum())
         same += int((one.argmax(-1) == two.argmax(-1)).sum())
         largest = max(largest, float((one - two).abs().max()))
     return Difference(positions, max(kl, 0.0) / max(positions, 1), same / max(positions, 1), largest)
 
 
-def flat_logits(logits: Tensor) -> Tensor:
-    """(positions, outcomes) in fp64, of a classifier's (B, C) or a language model's (B, T, V)."""
-    return logits.double().flatten(0, -2)
+def flat_logits(logits: Tensor, config: PretrainedConfig | None) -> Tensor:
+    """(positions, outcomes) in fp64, of a classifier's (B, C) or a language model's (B, T, V).
+
+    Each of several labels is a position with two outcomes; a number is a position with one.
+    """
+    flat = logits.double().flatten(0, -2)
+    if getattr(config, "problem_type", None) != "multi_label_classification":
+        return flat
+    return torch.stack([torch.zeros_like(flat), flat], dim=-1).flatten(0, -2)
+
+
+def divergences(one: Tensor, two: Tensor) -> Tensor:
+    """Kullback-Leibler divergence at each position, in nats. Numbers (positions, 1) are means of normal distributions of variance 1."""
+    if one.shape[-1] == 1:
+        return (one - two).square().squeeze(-1) / 2
+    log_one, log_two = one.log_softmax(-1), two.log_softmax(-1)
+    return (log_one.exp() * (log_one - log_two)).sum(-1)
 
 
 def adapter_facts(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:

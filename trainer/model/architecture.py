@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -26,8 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, Target
 from trainer.errors import ConfigError
+from trainer.model.added_tokens import add_tokens
+from trainer.model.pooled_head import check_pooling, pooled_class
 
 AUTO_MODELS: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -42,6 +45,13 @@ AUTO_MODELS: dict[str, Any] = {
 """model.task -> transformers' loader."""
 TELLING_INPUTS = {"plm": ("perm_mask",), "mlm_pairs": ("next_sentence_label", "sentence_order_label")}
 """Tasks whose loader opens models that cannot do them -> an input that one which can takes."""
+
+PROBLEM_TYPES: dict[Target, str] = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+"""data.target -> transformers' name of it, for whoever trains the exported model further."""
 
 # What each of our three rates is called in the configurations of transformers' architectures.
 DROPOUT_FIELDS = {
@@ -102,6 +112,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
                 "pad_token to its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if model.added_tokens is not None:
+        add_tokens(tokenizer, model.added_tokens)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -111,10 +123,12 @@ def load_architecture(
     *,
     vocab_size: int | None = None,
     special_ids: Mapping[str, int] = MappingProxyType({}),
+    target: Target | None = None,
 ) -> PretrainedConfig:
-    """The source's configuration with our labels, dropout rates and, where given, vocabulary and (for new weights) special tokens.
+    """The source's configuration with our labels, head, dropout rates and, where given, vocabulary and (for new weights) special tokens.
 
-    ConfigError where a rate would have no effect, or the vocabulary of pretrained weights is too small.
+    target: of classification; None is one label. ConfigError where a rate would have no effect, the head does not fit the architecture,
+    or the vocabulary of pretrained weights is too small.
     """
     names = [str(name) for name in label_names]
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
@@ -128,15 +142,18 @@ def load_architecture(
         raise source_error(model, "configuration", error) from None
     architecture.use_cache = False  # of keys and values, for generation only
     set_dropout(architecture, model)
+    set_head(architecture, model)
     if vocab_size is not None:
         set_vocabulary(architecture, model, vocab_size)
     if model.init == "random":
         for name, number in special_ids.items():
             if hasattr(architecture, name) or (name == "decoder_start_token_id" and architecture.is_encoder_decoder):
                 setattr(architecture, name, number)
+    if model.task == "question_answering":
+        architecture.num_labels = 2  # a start and an end, whatever the source was trained for
     if model.task != "classification":
         return cast(PretrainedConfig, architecture)
-    architecture.problem_type = "single_label_classification"  # a source may have been trained for something else
+    architecture.problem_type = PROBLEM_TYPES[target or "single"]  # a source may have been trained for something else
     if architecture.pad_token_id is None:
         architecture.pad_token_id = load_tokenizer(
             model
@@ -161,6 +178,8 @@ def set_dropout(architecture: PretrainedConfig, model: ModelConfig) -> None:
     for setting, fields in DROPOUT_FIELDS.items():
         rate = getattr(model, setting)
         known = [field for field in fields if hasattr(architecture, field)]
+        if setting == "head_dropout" and model.pooling != "model":
+            continue  # of our own head
         if rate is not None and not known:
             problems.append(
                 f"model.{setting} ({rate}) would have no effect: {architecture.model_type} has no such dropout; set it to none"
@@ -170,6 +189,32 @@ def set_dropout(architecture: PretrainedConfig, model: ModelConfig) -> None:
                 setattr(architecture, field, rate)
     if problems:
         raise ConfigError(*problems)
+
+
+def set_head(architecture: PretrainedConfig, model: ModelConfig) -> None:
+    """Write down our own head, or take away that of a source which we trained. ConfigError where it does not fit the architecture."""
+    settings: Any = architecture
+    if model.pooling == "model":
+        if hasattr(settings, "pooled_head"):
+            del settings.pooled_head
+        return
+    check_pooling(model, architecture)
+    rate = model.head_dropout if model.head_dropout is not None else usual_head_dropout(architecture)
+    settings.pooled_head = {"pooling": model.pooling, "layers": model.head_layers or 1, "dropout": rate}
+
+
+def usual_head_dropout(architecture: PretrainedConfig) -> float:
+    """The architecture's rate before its own classifier, else that of its hidden states, else 0."""
+    fields = (*DROPOUT_FIELDS["head_dropout"], *DROPOUT_FIELDS["dropout"])
+    rates = [getattr(architecture, field, None) for field in fields]
+    return float(next((rate for rate in rates if rate is not None), 0.0))
+
+
+def model_loader(model: ModelConfig, architecture: PretrainedConfig) -> Any:
+    """What has `from_pretrained` and `from_config`: transformers' Auto class of the task, or where the head is ours, our own class."""
+    if model.pooling == "model":
+        return AUTO_MODELS[model.task]
+    return pooled_class(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(architecture)])
 
 
 def has_attention_dropout(architecture: PretrainedConfig) -> bool:
@@ -204,7 +249,7 @@ def meta_model(model: ModelConfig, architecture: PretrainedConfig) -> PreTrained
         with torch.device("meta"):
             return cast(
                 PreTrainedModel,
-                AUTO_MODELS[model.task].from_config(architecture, trust_remote_code=model.trust_remote_code),
+                model_loader(model, architecture).from_config(architecture, trust_remote_code=model.trust_remote_code),
             )
     except LOADING_ERRORS as error:
         raise source_error(model, "architecture", error) from None

@@ -1,5 +1,7 @@
 """Trained weights as files that plain transformers and PEFT open: an adapter, or a whole model for full, head and bitfit.
 
+A model with a head of samestep's own (model.pooling) opens with `load_exported` alone: plain transformers would draw a new head.
+
 Last stop of a run, first of prediction. Invariant: what `export_model` leaves has been read back: no tensor is missing or empty.
 Local to the process that calls it: the caller has gathered the weights from all ranks.
 """
@@ -14,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,7 +24,7 @@ from transformers import (
 
 from trainer.config import ModelConfig, QloraConfig
 from trainer.errors import CheckpointError, SamestepError
-from trainer.model.architecture import AUTO_MODELS, LOADING_ERRORS, first_line, load_architecture
+from trainer.model.architecture import LOADING_ERRORS, first_line, load_architecture, model_loader
 from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
 from trainer.model.identity import base_identity
 from trainer.model.load import load_weights, quantization_of
@@ -185,7 +188,9 @@ def load_exported(
 
 def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     """The model of a full or head run."""
-    model, report = AUTO_MODELS[info.get("task", "classification")].from_pretrained(
+    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    loader = model_loader(model_settings(str(folder), info, trust_remote_code), architecture)
+    model, report = loader.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
     )
     if report["missing_keys"]:
@@ -232,12 +237,16 @@ def put_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 def load_base(info: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
     """The base model of an exported adapter, as it was while the adapter was trained."""
-    base = ModelConfig(
-        source=info["base"], task=info.get("task", "classification"), trust_remote_code=trust_remote_code
-    )
-    architecture = load_architecture(base, info.get("label_names", ()))
+    base = model_settings(info["base"], info, trust_remote_code)
+    architecture = load_architecture(base, info.get("label_names", ()), target=info.get("target"))
     quantization = None
     if info.get("quantization"):
         method = QloraConfig(**info["quantization"])
         quantization = quantization_of(base, method, architecture, precision="no")
     return load_weights(base, architecture, quantization)[0]
+
+
+def model_settings(source: str, info: Mapping[str, Any], trust_remote_code: bool) -> ModelConfig:
+    """What samestep.json says of a model, for another source."""
+    names = {name: info[name] for name in ("task", "pooling", "head_layers") if name in info}
+    return ModelConfig(source=source, trust_remote_code=trust_remote_code, **names)

@@ -15,14 +15,15 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from trainer.backend.request import read_request
 from trainer.config import ClassificationData, MethodConfig, ModelConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
+from trainer.model.added_tokens import grow_embeddings, read_tokens
 from trainer.model.architecture import (
-    AUTO_MODELS,
     LOADING_ERRORS,
     first_line,
     has_attention_dropout,
     load_architecture,
     load_tokenizer,
     meta_model,
+    model_loader,
     model_location,
     source_error,
 )
@@ -56,10 +57,15 @@ def build_model(
     """
     request = read_request(os.environ)
     check_method(config, request.backend)
-    architecture = load_architecture(config.model, label_names, vocab_size=vocab_size, special_ids=special_ids or {})
+    architecture = load_architecture(
+        config.model, label_names, vocab_size=vocab_size, special_ids=special_ids or {}, target=config.target
+    )
     torch.manual_seed(config.train.seed)
     quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
     plain, new_names = load_weights(config.model, architecture, quantization)
+    if config.model.added_tokens is not None:
+        before = load_tokenizer(config.model.model_copy(update={"added_tokens": None}))
+        grow_embeddings(plain, before, read_tokens(config.model.added_tokens))
     on_cpu = accelerator.device.type == "cpu"
     if config.model.attention == "auto" and on_cpu:
         use_fast_attention(plain)
@@ -100,12 +106,13 @@ def load_weights(
         "attn_implementation": attention,
         "dtype": torch.float32,
     }
+    loader = model_loader(model, architecture)
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
         if model.init == "random":
-            return AUTO_MODELS[model.task].from_config(architecture, **options), ()
-        loaded, report = AUTO_MODELS[model.task].from_pretrained(
+            return loader.from_config(architecture, **options), ()
+        loaded, report = loader.from_pretrained(
             model_location(model.source),
             config=architecture,
             ignore_mismatched_sizes=True,  # a head of another label set is replaced; anything else is refused below

@@ -15,7 +15,7 @@ from trainer.backend.request import REPLACES_PARAMETERS
 from trainer.backend.wrap import repeated_blocks
 from trainer.config import AdapterConfig, LowRank, MethodConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
-from trainer.model.architecture import AUTO_MODELS, check_task, load_architecture, meta_model
+from trainer.model.architecture import AUTO_MODELS, check_task, load_architecture, load_tokenizer, meta_model
 from trainer.model.bottleneck import bottleneck_targets, insert_bottlenecks
 from trainer.model.heads import HEADED_TASKS, encoder_of, head_modules
 from trainer.model.peft_methods import add_peft, is_prompt_learning, peft_settings
@@ -129,6 +129,13 @@ def check_method(config: RunConfig, backend: str | None = None) -> None:
             f"method.name ({method.name}) needs pretrained weights: an adapter is stored without its base, and the random base of "
             "model.init=random would be lost; use method.name=full"
         )
+    if config.model.added_tokens is not None:
+        if method.name != "full":
+            raise ConfigError(
+                f"model.added_tokens ({config.model.added_tokens}) needs method.name=full, not {method.name}, which leaves new "
+                "tokens' embeddings as they start"
+            )
+        load_tokenizer(config.model)  # which reads the file
     if is_prompt_learning(method):
         check_virtual_tokens(config)
     architecture = load_architecture(config.model, ("0", "1"))

@@ -1,6 +1,8 @@
 """The tokenizer of a run on token datasets, with the special tokens that its objective needs. Loads no weights."""
 
+import json
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,3 +35,12 @@ def objective_vocabulary(
             )
         tokenizer = own
     return tokenizer, added, vocabulary_of(tokenizer, roles, objective=data.objective, source=model.source)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json of a tokenizer that no model source holds as it is, for a checkpoint."""
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
+    roles = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.model_max_length, **roles}
+    content = cast(Any, tokenizer).backend_tokenizer.to_str()
+    return {"tokenizer.json": content.encode(), "tokenizer_config.json": json.dumps(settings).encode()}

@@ -16,7 +16,8 @@ from trainer.errors import CheckpointError
 from trainer.model.adapters import find_adapter
 from trainer.model.bottleneck import SETTINGS_FILE
 from trainer.model.export import load_base
-from trainer.predict.classify import Prediction, Predictor, Text, check_texts
+from trainer.predict.classify import Text, check_texts, predictor_of
+from trainer.predict.kinds import AnyPrediction
 
 MIXABLE = ("lora", "rslora", "qlora")
 """Methods whose layers PEFT runs with a different adapter for each row of a batch."""
@@ -42,22 +43,19 @@ class AdapterPredictor:
         self.model: Any = model.eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.predictors = {
-            name: Predictor(
-                self.model, tokenizer, label_names=about["label_names"], max_length=about["max_length"], device=device
-            )
-            for name, (_, about) in found.items()
+            name: predictor_of(self.model, tokenizer, about, device) for name, (_, about) in found.items()
         }
         infos = [about for _, about in found.values()]
-        same = len({(len(about["label_names"]), about["max_length"]) for about in infos}) == 1
-        self.mixes = same and all(about["method"] in MIXABLE for about in infos)
+        same = len({(len(about["label_names"]), about["max_length"], about.get("target")) for about in infos}) == 1
+        self.mixes = same and all(about["method"] in MIXABLE for about in infos) and has_linear_heads(self.model)
         """Whether requests for different adapters share batches."""
 
-    def predict(self, requests: Sequence[tuple[Text, str]], batch_size: int = 32) -> list[Prediction]:
+    def predict(self, requests: Sequence[tuple[Text, str]], batch_size: int = 32) -> list[AnyPrediction]:
         """Answers in the order of the requests, each (text, name of its adapter). DataError for a text that is empty."""
         check_texts([text for text, _ in requests])
         if self.mixes:
             return self._predict_mixed(requests, batch_size)
-        answers: dict[int, Prediction] = {}
+        answers: dict[int, AnyPrediction] = {}
         for name, predictor in self.predictors.items():
             places = [place for place, (_, wanted) in enumerate(requests) if wanted == name]
             self.model.set_adapter(name)
@@ -66,24 +64,32 @@ class AdapterPredictor:
             )
         return [answers[place] for place in range(len(requests))]
 
-    def _predict_mixed(self, requests: Sequence[tuple[Text, str]], batch_size: int) -> list[Prediction]:
+    def _predict_mixed(self, requests: Sequence[tuple[Text, str]], batch_size: int) -> list[AnyPrediction]:
         """Batches of similar length, whatever their adapters."""
         any_one = next(iter(self.predictors.values()))
         samples = any_one.encode([text for text, _ in requests])
         order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
-        probabilities = np.zeros((len(samples), len(any_one.label_names)))
+        scores = np.zeros((len(samples), len(any_one.label_names)))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             names = [requests[index][1] for index in batch]
-            probabilities[batch] = any_one.probabilities([samples[index] for index in batch], adapter_names=names)
+            scores[batch] = any_one.scores([samples[index] for index in batch], adapter_names=names)
         return [
             self.predictors[name].prediction(row, sample)
-            for (_, name), row, sample in zip(requests, probabilities, samples, strict=True)
+            for (_, name), row, sample in zip(requests, scores, samples, strict=True)
         ]
 
     def num_bytes(self) -> int:
         """Of all weights in memory."""
         return sum(p.numel() * p.element_size() for p in cast(torch.nn.Module, self.model).parameters())
+
+
+def has_linear_heads(model: torch.nn.Module) -> bool:
+    """Whether all modules that PEFT trained as a copy are linear layers: it runs no other with an adapter for each row (0.21)."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    copied = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return all(isinstance(module.original_module, torch.nn.Linear) for module in copied)
 
 
 def check_one_base(found: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> None:
@@ -102,7 +108,7 @@ def check_one_base(found: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> None:
             f"--adapters: PEFT holds adapters of one kind on a base, not {methods}; predict with each kind apart"
         )
     for name, (_, about) in rest:
-        for key in ("base", "quantization"):
+        for key in ("base", "quantization", "pooling", "head_layers"):
             if about.get(key) != info.get(key):
                 raise CheckpointError(
                     f"--adapters: {name} belongs to {key} {about.get(key)}, but {first} to {info.get(key)}; give adapters of one base"

@@ -35,6 +35,8 @@ class PredictOptions:
     """Sample at this temperature. None: greedy, or beams."""
     seed: int = 0
     """Of sampling."""
+    context: str | None = None
+    """The text that questions are answered from."""
 
 
 class Answerer(Protocol):
@@ -44,7 +46,13 @@ class Answerer(Protocol):
         """An answer for each text, in their order; batched, sorted by length. DataError for a text that cannot be answered."""
 
 
-OPENERS: dict[str, str] = {}
+OPENERS: dict[str, str] = {
+    "mlm": "trainer.predict.fill_mask:open_answerer",
+    "mlm_pairs": "trainer.predict.fill_mask:open_answerer",
+    "clm": "trainer.predict.generate:open_answerer",
+    "seq2seq": "trainer.predict.generate:open_answerer",
+    "question_answering": "trainer.predict.questions:open_answerer",
+}
 """Task -> its `open_answerer(model, tokenizer, info, options)`, imported at need; info is samestep.json, or {} for a model source."""
 
 

@@ -1,11 +1,10 @@
-"""Prediction with an exported model: labels and confidences of many texts, in batches of similar length.
+"""Prediction with an exported model: labels and confidences, or numbers, of many texts, in batches of similar length.
 
 Place in the flow: after a run, in a single process; `samestep predict` and people's own scripts use it. Invariant:
 results come in the order of the texts and do not depend on the batch size beyond rounding.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,24 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from trainer.errors import DataError
 from trainer.model.adapters import MERGEABLE
 from trainer.model.export import load_exported
+from trainer.predict.kinds import AnyPrediction, prediction_of, scores_of
 from trainer.run_folder import find_exported
 
 Text = str | tuple[str, str]
 """A sentence, or a pair of them for a model that was trained on pairs."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one text."""
-
-    label: str
-    """The most probable label."""
-    confidence: float
-    """Its probability."""
-    probabilities: dict[str, float]
-    """Of every label; they sum to 1."""
-    is_cut: bool
-    """The text was longer than the model's max_length tokens and its end was not read."""
 
 
 class Predictor:
@@ -47,24 +33,26 @@ class Predictor:
         *,
         label_names: Sequence[str],
         max_length: int,
+        target: str = "single",
         device: torch.device | None = None,
     ) -> None:
-        """max_length: tokens. device: None takes the accelerator where there is one, else the CPU."""
+        """max_length: tokens. target: data.target of the training. device: None takes the accelerator where there is one, else the CPU."""
         self.device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.model = model.to(self.device).eval()
         self.tokenizer, self.label_names, self.max_length = tokenizer, tuple(label_names), max_length
+        self.target = target
 
-    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[Prediction]:
+    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[AnyPrediction]:
         """Predictions in the order of `texts`. DataError for a text that is empty or of another kind than the first."""
         assert batch_size > 0, batch_size
         check_texts(texts)
         samples = self.encode(texts)
         order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
-        probabilities = np.zeros((len(samples), len(self.label_names)))
+        scores = np.zeros((len(samples), len(self.label_names)))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            probabilities[batch] = self.probabilities([samples[index] for index in batch])
-        return [self.prediction(row, sample) for row, sample in zip(probabilities, samples, strict=True)]
+            scores[batch] = self.scores([samples[index] for index in batch])
+        return [self.prediction(row, sample) for row, sample in zip(scores, samples, strict=True)]
 
     def encode(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
         """One dict of unpadded lists a text, and whether it was cut."""
@@ -78,22 +66,23 @@ class Predictor:
         ]
 
     @torch.inference_mode()
-    def probabilities(self, samples: Sequence[dict[str, Any]], *, adapter_names: list[str] | None = None) -> np.ndarray:
-        """(B, C) fp64, on the CPU. adapter_names: which adapter answers each sample, for a PEFT model that holds several."""
+    def scores(self, samples: Sequence[dict[str, Any]], *, adapter_names: list[str] | None = None) -> np.ndarray:
+        """(B, C) fp64, on the CPU: probabilities, or the value of a regression.
+
+        adapter_names: which adapter answers each sample, for a PEFT model that holds several.
+        """
         inputs = pad_right([{k: v for k, v in sample.items() if k != "is_cut"} for sample in samples], self._padding())
         names = {} if adapter_names is None else {"adapter_names": adapter_names}
         logits = self.model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}, **names).logits
-        return cast(np.ndarray, logits.double().softmax(dim=-1).cpu().numpy())
+        return scores_of(logits.double().cpu().numpy(), self.target)
 
     def _padding(self) -> dict[str, int]:
         """The value that fills each input; the attention mask hides it."""
         return {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
 
-    def prediction(self, row: np.ndarray, sample: dict[str, Any]) -> Prediction:
-        """What a row of probabilities says."""
-        best = int(row.argmax())
-        by_name = dict(zip(self.label_names, map(float, row), strict=True))
-        return Prediction(self.label_names[best], float(row[best]), by_name, sample["is_cut"])
+    def prediction(self, row: np.ndarray, sample: dict[str, Any]) -> AnyPrediction:
+        """What a row of scores says."""
+        return prediction_of(row, self.label_names, self.target, is_cut=sample["is_cut"])
 
 
 def load_predictor(run_or_folder: Path, device: torch.device | None = None) -> Predictor:
@@ -102,7 +91,15 @@ def load_predictor(run_or_folder: Path, device: torch.device | None = None) -> P
     model, tokenizer, info = load_exported(folder)
     if info.get("method") in MERGEABLE and not info.get("quantization"):  # merged into 4 bits it would be another model
         model = cast(Any, model).merge_and_unload()  # same numbers to rounding, and no adapter arithmetic per text
-    return Predictor(model, tokenizer, label_names=info["label_names"], max_length=info["max_length"], device=device)
+    return predictor_of(model, tokenizer, info, device)
+
+
+def predictor_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, info: Mapping[str, Any], device: torch.device | None = None
+) -> Predictor:
+    """Of a model whose samestep.json is `info`."""
+    names, max_length, target = info["label_names"], info["max_length"], info.get("target", "single")
+    return Predictor(model, tokenizer, label_names=names, max_length=max_length, target=target, device=device)
 
 
 def check_texts(texts: Sequence[Text]) -> None:

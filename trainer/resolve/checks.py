@@ -8,7 +8,7 @@ from trainer.config import ClassificationData, RunConfig
 from trainer.config.augment import MODEL_KINDS, TEXT_KINDS, WORD_KINDS, AugmentKind
 from trainer.resolve.merge import Merged
 
-FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def check_world(config: RunConfig, world_size: int) -> list[str]:
@@ -40,10 +40,8 @@ def without_effect(config: RunConfig, merged: Merged, usual_values: Mapping[str,
 
 
 def _hub(config: RunConfig) -> bool:
-    data = config.data
-    if not isinstance(data, ClassificationData):
-        return False
-    return not data.source.startswith("asset:") and Path(data.source).suffix not in FILE_SUFFIXES
+    source = getattr(config.data, "source", "asset:")  # token datasets have several, and no subset
+    return not source.startswith("asset:") and Path(source).suffix not in FILE_SUFFIXES
 
 
 Rule = tuple[str, str, Callable[[RunConfig], bool], str]
@@ -75,6 +73,12 @@ _IDLE: tuple[Rule, ...] = (
         "data.test",
         lambda config: getattr(config.data, "test", None) is not None,
         "where data.test names a split",
+    ),
+    (
+        "data.label_separator",
+        "data.target",
+        lambda config: getattr(config.data, "target", None) != "multi",
+        "unless data.target=multi",
     ),
     ("data.subset", "data.source", lambda config: not _hub(config), "unless data.source is a hub dataset"),
     (

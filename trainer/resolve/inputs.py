@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import Augmentation, ClassificationData, InstructData, RunConfig, StreamData
+from trainer.config import Augmentation, ClassificationData, InstructData, PairData, QuestionData, RunConfig, StreamData
 from trainer.errors import ConfigError, SamestepError
 
 
@@ -39,6 +39,16 @@ def _check_data(config: RunConfig) -> None:
 
         if not config.data.source.startswith("asset:"):
             read_conversations(config.data)
+    elif isinstance(config.data, PairData):
+        from trainer.data.pairs import read_pairs
+
+        if not config.data.source.startswith("asset:"):
+            read_pairs(config.data)
+    elif isinstance(config.data, QuestionData):
+        from trainer.data.questions import read_questions
+
+        if config.data.source != "asset:stdlib" or config.data.validation is not None:
+            read_questions(config.data)
     else:
         from trainer.data.stream.live import open_dataset
 

@@ -39,6 +39,10 @@ SYNONYMS = {
     "data.text": ("text_column", "sentence", "text_field"),
     "data.label": ("label_column", "target_column", "label_field"),
     "data.max_length": ("max_len", "max_seq_length", "max_seq_len", "seq_len", "sequence_length"),
+    "data.target": ("problem_type",),
+    "data.class_weights": ("class_weight", "loss_weights"),
+    "data.label_smoothing": ("label_smoothing_factor", "smoothing"),
+    "model.pooling": ("pooling_mode", "pooling_strategy", "classifier_pooling"),
     "run_dir": ("output_dir", "out_dir", "save_dir", "logging_dir"),
     "name": ("run_name", "experiment"),
 }

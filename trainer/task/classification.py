@@ -1,4 +1,4 @@
-"""One label for a sentence or a pair of sentences."""
+"""One label, several labels or a number for a sentence or a pair of sentences."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from trainer.backend import Engine
 from trainer.config import ClassificationData, RunConfig
 from trainer.data.batches import GlobalBatches
-from trainer.data.classify import ClassificationSet, Split, build_data
+from trainer.data.classify import TARGETS, ClassificationSet, Split, build_data
 from trainer.evaluate import evaluate_logits
-from trainer.loss import classification_loss_sum, count_correct
-from trainer.metrics import classification_metrics, confusion
-from trainer.plots import plot_confusion
 from trainer.task.protocol import Batch, Evaluation, Forward, Outputs, SplitName
-from trainer.task.varied import MIX_LABELS, VariedBatches, mixed_loss_sum, vary
+from trainer.task.targets import TargetKind, target_kind
+from trainer.task.varied import VariedBatches, vary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,9 +32,21 @@ class ClassificationTask:
     data: ClassificationSet
 
     vocab_size = None
-    count_names = ("correct",)
-    shown_metrics = ("loss", "accuracy", "f1")
     counted, speed = "examples", "samples_per_s"
+
+    @cached_property
+    def kind(self) -> TargetKind:
+        """Loss, metrics and pictures of what is predicted."""
+        assert isinstance(self.config.data, ClassificationData)
+        return target_kind(self.config.data, self.data.class_weights)
+
+    @property
+    def count_names(self) -> tuple[str, ...]:
+        return self.kind.count_names
+
+    @property
+    def shown_metrics(self) -> tuple[str, ...]:
+        return self.kind.shown_metrics
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -73,7 +83,14 @@ class ClassificationTask:
 
     def model_info(self) -> dict[str, object]:
         assert isinstance(self.config.data, ClassificationData)
-        return {"label_names": list(self.data.label_names), "max_length": self.config.data.max_length}
+        data, model = self.config.data, self.config.model
+        return {
+            "label_names": list(self.data.label_names),
+            "max_length": data.max_length,
+            "target": data.target,
+            "pooling": model.pooling,
+            "head_layers": model.head_layers,
+        }
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return {}
@@ -101,28 +118,24 @@ class ClassificationTask:
         assert not state, "samples are a function of the step"
 
     def model_inputs(self, batch: Batch) -> Batch:
-        return {name: tensor for name, tensor in batch.items() if name not in ("labels", MIX_LABELS)}
+        return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
 
     def loss_sum(self, outputs: Outputs, batch: Batch) -> Tensor:
-        if MIX_LABELS in batch:
-            return mixed_loss_sum(outputs.logits, batch)
-        return classification_loss_sum(outputs.logits, batch["labels"])
+        return self.kind.loss_sum(outputs.logits, batch)
 
     def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
-        return (count_correct(outputs.logits, batch["labels"]),)
+        return (self.kind.count(outputs.logits, batch),)
 
     def train_metrics(
         self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float
     ) -> dict[str, float]:
-        return {"train/accuracy": counts["correct"] / max(num_targets, 1)}
+        return {self.kind.train_metric: sum(counts.values()) / max(num_targets, 1)}
 
     def evaluate(self, forward: Forward, engine: Engine, split: SplitName) -> Evaluation:
         examples = self.split(split)
         batch_size = self.config.train.eval_batch_size
         logits = evaluate_logits(forward, self.data, examples, engine, batch_size=batch_size)
-        return Evaluation(
-            classification_metrics(logits, examples.labels), {"logits": logits, "labels": examples.labels}
-        )
+        return Evaluation(self.kind.metrics(logits, examples.labels), {"logits": logits, "labels": examples.labels})
 
     def split(self, name: SplitName) -> Split:
         """The examples of a split."""
@@ -135,8 +148,7 @@ class ClassificationTask:
         return {}
 
     def write_report(self, folder: Path, model: nn.Module, evaluation: Evaluation) -> None:
-        matrix = confusion(evaluation.details["logits"], evaluation.details["labels"], len(self.label_names))
-        plot_confusion(matrix, self.label_names, folder / "confusion.png")
+        self.kind.draw(folder, evaluation.details["logits"], evaluation.details["labels"], self.label_names)
 
 
 def build(config: RunConfig, accelerator: Accelerator) -> ClassificationTask:

@@ -201,12 +201,12 @@ def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
     return task
 
 
-def check_positions(config: RunConfig, sequence_length: int) -> None:
-    """ConfigError for rows that are longer than the model's positions."""
+def check_positions(config: RunConfig, sequence_length: int, *, setting: str = "data.sequence_length") -> None:
+    """ConfigError for rows that are longer than the model's positions. setting: where their length stands."""
     positions = getattr(load_architecture(config.model, ()), "max_position_embeddings", None)
     if positions is not None and 0 < positions < sequence_length:  # XLNet says -1: it has no limit
         raise ConfigError(
-            f"data.sequence_length ({sequence_length}) must be at most {positions}, the positions of model.source "
+            f"{setting} ({sequence_length}) must be at most {positions}, the positions of model.source "
             f"({config.model.source}); lower it, or take a model for longer rows"
         )
 

@@ -3,27 +3,26 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.backend import Engine
 from trainer.checkpoint.manifest import TEMPLATE
 from trainer.config import InstructData, RunConfig
-from trainer.data.batches import GlobalBatches, rank_share
+from trainer.data.batches import GlobalBatches, Ids
 from trainer.data.gate import check, statistics, stop_tokens
-from trainer.data.instruct import InstructSet, Sample, build_instruct
-from trainer.metrics import rouge_l
+from trainer.data.instruct import InstructSet, build_instruct
+from trainer.metrics import exact_match, rouge_l
 from trainer.model.architecture import load_tokenizer
+from trainer.predict.generate import Decoding, generate
 from trainer.screen import announce
+from trainer.task.answers import Answered, answer_metrics
 from trainer.task.clm import PROMPTS, LanguageTask, check_positions
 from trainer.task.protocol import Batch, Evaluation
-
-GENERATED_TOGETHER = 16
-"""Prompts of one rank that are answered in one batch."""
 
 
 class InstructTask(LanguageTask):
@@ -86,27 +85,17 @@ class InstructTask(LanguageTask):
     def generation_metrics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
         """stop_rate, exact_match and rouge_l of greedy answers to the first held-out prompts, and how many."""
         count = min(self.settings.generate, len(self.data.validation))
-        if count:
-            announce(f"answering {count} held-out prompts", is_main=engine.rank == 0)
-        sums = torch.zeros(count, 3, dtype=torch.float64)
-        share = rank_share(np.arange(count), engine.rank, engine.world_size)
-        for start in range(0, len(share), GENERATED_TOGETHER):
-            places = share[start : start + GENERATED_TOGETHER]
-            samples = [self.data.validation.samples[place] for place in places]
-            for place, sample, (answer, has_stopped) in zip(places, samples, self.answers(model, samples), strict=True):
-                wanted = self.text(sample.ids[sample.prompt_length :])
-                sums[place] = torch.tensor([has_stopped, answer == wanted, rouge_l(answer, wanted)])
-        stop_rate, exact_match, rouge = (engine.sum_array_over_ranks(sums).sum(dim=0) / max(count, 1)).tolist()
-        return (
-            {"stop_rate": stop_rate, "exact_match": exact_match, "rouge_l": rouge, "generated": count} if count else {}
-        )
+        scores = {"exact_match": exact_match, "rouge_l": rouge_l}
+        return answer_metrics(lambda places: self.answered(model, places), count, scores, engine)
 
-    def answers(self, model: nn.Module, samples: Sequence[Sample]) -> list[tuple[str, bool]]:
-        """The greedy answer to each sample's last prompt, and whether the model ended it."""
+    def answered(self, model: nn.Module, places: Ids) -> list[Answered]:
+        """The greedy answer to each sample's last prompt, and the answer that it has."""
+        samples = [self.data.validation.samples[place] for place in places]
         prompts = [torch.from_numpy(sample.ids[: sample.prompt_length]) for sample in samples]
+        how = Decoding(self.padding, self.stop, self.settings.new_tokens)
         return [
-            (self.text(ids), has_stopped)
-            for ids, has_stopped in generate(model, prompts, self.padding, self.stop, self.settings.new_tokens)
+            (self.text(ids), has_stopped, self.text(sample.ids[sample.prompt_length :]))
+            for sample, (ids, has_stopped) in zip(samples, generate(model, prompts, how), strict=True)
         ]
 
     def text(self, ids: Any) -> str:
@@ -118,45 +107,14 @@ class InstructTask(LanguageTask):
         samples = self.data.validation.samples[:PROMPTS]
         texts = [
             f"{self.tokenizer.decode(sample.ids[: sample.prompt_length])}[...]{answer}"
-            for sample, (answer, _) in zip(samples, self.answers(model, samples), strict=True)
+            for sample, (answer, *_) in zip(samples, self.answered(model, np.arange(len(samples))), strict=True)
         ]
         (folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
-def generate(
-    model: nn.Module, prompts: Sequence[Tensor], padding: int, stop: Sequence[int], new_tokens: int
-) -> list[tuple[Tensor, bool]]:
-    """Greedy continuations of prompts (N,) int64, up to and without what stops them, and whether something did. Local to the rank."""
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), padding)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # on the right, where generation goes on
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    made = (
-        cast(Any, model)
-        .generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=list(stop),
-            pad_token_id=padding,
-        )[:, longest:]
-        .cpu()
-    )
-    found = []
-    for row in made:
-        ends = torch.isin(row, torch.tensor(list(stop))).nonzero()
-        found.append((row[: int(ends[0])], True) if len(ends) else (row, False))
-    return found
-
-
 def build(config: RunConfig, accelerator: Accelerator) -> InstructTask:
     """Read, tokenize and check the conversations; rank 0 says what they are."""
-    check_positions(config, config.data.max_length)  # type: ignore[union-attr]
+    check_positions(config, config.data.max_length, setting="data.max_length")  # type: ignore[union-attr]
     task = InstructTask(config)
     announce(describe(task.settings, task.data, task.allowed), is_main=accelerator.is_main_process)
     return task

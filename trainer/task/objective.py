@@ -1,6 +1,5 @@
 """Objectives beside the next token, on rows of token datasets: masked tokens, pairs, spans, permuted order (trainer/data/objectives)."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ from trainer.data.objectives.rows import random_rows
 from trainer.data.stream.open import Streams, open_streams
 from trainer.data.stream.reader import Stream
 from trainer.loss import token_losses
-from trainer.model.vocabulary import objective_vocabulary
+from trainer.model.vocabulary import objective_vocabulary, tokenizer_files
 from trainer.screen import announce
 from trainer.task import clm
 from trainer.task.protocol import Batch, Evaluation, Outputs
@@ -75,13 +74,7 @@ class ObjectiveTask(clm.ClmTask):
     def tokenizer_files(self) -> dict[str, bytes]:
         if self.config.model.init == "pretrained":
             return {}
-        names = ("pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
-        roles = {name: getattr(self.tokenizer, name) for name in names if getattr(self.tokenizer, name) is not None}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
-        return {
-            "tokenizer.json": cast(Any, self.tokenizer).backend_tokenizer.to_str().encode(),
-            "tokenizer_config.json": json.dumps(settings).encode(),
-        }
+        return tokenizer_files(self.tokenizer)
 
     def usage(self, folder: Path) -> str:
         kind = type(self.objective).__name__

@@ -108,6 +108,8 @@ TASKS = {
     "stream": "trainer.task.objective:build",
     "live": "trainer.task.live:build",
     "instruct": "trainer.task.instruct:build",
+    "pairs": "trainer.task.seq2seq:build",
+    "questions": "trainer.task.question_answering:build",
 }
 """data.kind -> the builder of its task, imported at need."""
 

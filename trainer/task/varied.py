@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from trainer.data.augment import Augmenter, number_batch
-from trainer.data.batches import IGNORED
 from trainer.data.classify import ClassificationSet, Split
 from trainer.data.tokens import tokenize
 from trainer.model.mixup import MIX_IDS, MIX_SHARE
@@ -21,9 +20,6 @@ from trainer.task.protocol import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MIX_LABELS = "mix_labels"
-"""(B,) int64: class ids of the partners."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +37,16 @@ class VariedBatches:
         return number_batch(self.augmenter, batch, step, epoch=epoch)
 
     def batch(self, numbers: np.ndarray) -> Batch:
-        """As `ClassificationSet.collate`; where samples are blended, also the partners' tokens and labels and the samples' shares."""
+        """As `ClassificationSet.collate`; where samples are blended, also the partners' tokens and the samples' shares, and `values` are
+        blended: numbers, labels, or for classes (B, C) fp32 shares."""
         batch = self.collate(numbers)
         if not self.augmenter.settings.mixes:
             return batch
         partners = self.collate(self.augmenter.partners_of(numbers))
         share = self.augmenter.shares(numbers) if len(numbers) else np.ones(1)
-        return blend(batch, partners, torch.from_numpy(share), pad_token_id=self.data.pad_token_id)
+        shares = torch.from_numpy(share).float()
+        values = blended_values(batch, partners, shares, len(self.data.label_names))
+        return blend(batch, partners, shares, pad_token_id=self.data.pad_token_id) | {"values": values}
 
     def collate(self, numbers: np.ndarray) -> Batch:
         """The samples of these numbers, padded; without numbers the dummy sample."""
@@ -76,14 +75,14 @@ def vary(data: ClassificationSet, max_length: int) -> VariedBatches | None:
 
 
 def blend(batch: Batch, partners: Batch, share: Tensor, *, pad_token_id: int) -> Batch:
-    """One batch of both: as wide as the wider, attended where either has a token. share: (B,) of the first."""
+    """Tokens of both in one batch: as wide as the wider, attended where either has a token. share: (B,) of the first."""
     width = max(side["input_ids"].shape[1] for side in (batch, partners))
     fillers = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     first, second = (
         {name: widened(side[name], width, filler) for name, filler in fillers.items() if name in side}
         for side in (batch, partners)
     )
-    mixed = {MIX_IDS: second["input_ids"], MIX_SHARE: share.float(), MIX_LABELS: partners["labels"]}
+    mixed = {MIX_IDS: second["input_ids"], MIX_SHARE: share}
     mask = torch.maximum(first["attention_mask"], second["attention_mask"])
     return batch | first | mixed | {"attention_mask": mask}
 
@@ -93,15 +92,12 @@ def widened(tensor: Tensor, width: int, filler: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filler)
 
 
-def mixed_loss_sum(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy with soft labels summed over targets, in fp32: share x that of the label + (1 - share) x that of the partner's.
-
-    logits: (B, C); `labels`, `mix_labels`: (B,), a sample whose label is -100 is no target; `mix_share`: (B,). Local to the rank.
-    """
-    share, labels = batch[MIX_SHARE], batch["labels"]
-    others = torch.where(labels == IGNORED, IGNORED, batch[MIX_LABELS])
-    losses = [
-        torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
-        for targets in (labels, others)
-    ]
-    return (share * losses[0] + (1 - share) * losses[1]).sum()
+def blended_values(batch: Batch, partners: Batch, share: Tensor, num_classes: int) -> Tensor:
+    """(B, C) fp32: share x the samples' values + (1 - share) x the partners'; of classes their one-hot vectors."""
+    own, others = (
+        side["values"]
+        if "values" in side
+        else torch.nn.functional.one_hot(side["labels"].clamp(min=0), num_classes).float()
+        for side in (batch, partners)
+    )
+    return share[:, None] * own + (1 - share[:, None]) * others

@@ -1,0 +1,179 @@
+"""`samestep predict`: which model, which task, and the answers of every task but classes, whose output is launch/predict.py's.
+
+Results go to standard output, one line a text and in order; counts and speed go to standard error. No torch at module level.
+"""
+
+import json
+import os
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.predict import TEXTS_AT_ONCE, Sources, predict_adapters_command, predict_command, predict_with
+from trainer.errors import ConfigError, DataError
+from trainer.predict.answer import OPENERS, Answerer, PredictOptions
+from trainer.quiet import quiet_libraries
+from trainer.run_folder import find_exported
+from trainer.screen import print_plain
+
+GENERATION = ("new_tokens", "num_beams", "temperature", "seed")
+READS: dict[str, tuple[str, ...]] = {
+    "mlm": ("top_k",),
+    "mlm_pairs": ("top_k",),
+    "question_answering": ("context",),
+    "clm": GENERATION,
+    "seq2seq": GENERATION,
+}
+"""Task -> the options that it reads, beside batch_size."""
+
+
+def predict(
+    run_folder: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="Run directory, or with --task a model source; none with --adapters."),
+    ] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts.")] = None,
+    *,
+    adapters: Annotated[
+        str | None, typer.Option(help="Runs on one base, separated by commas: each answers every sentence.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="What a model source is to do, such as mlm or clm.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File with one text a line; - is standard input.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer each text, with a run on conversations.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in one batch.")] = 32,
+    context: Annotated[Path | None, typer.Option(help="File with the text that questions are answered from.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Candidates for each mask.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a generated text.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Above 1: beam search.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample; without it the likeliest text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+) -> None:
+    """Answer each text by the model's task: class, tokens behind masks, entities, answer, text.
+
+    Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
+    """
+    given = list(texts or ())
+    if adapters is not None:
+        given = [run_folder, *given] if run_folder is not None else given
+        names = [word.strip() for word in adapters.split(",") if word.strip()]
+        raise typer.Exit(predict_adapters_command(names, given, file=file, as_json=as_json))
+    if run_folder is None:
+        raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "new_tokens": new_tokens,
+        "num_beams": num_beams,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    asked = {name: value for name, value in options.items() if value is not None}
+    if context is not None:
+        asked["context"] = read_context(context)
+    if chat:
+        from launch.predict_chat import predict_chat_command
+
+        check_options("clm", asked, source=run_folder)
+        tokens = new_tokens if new_tokens is not None else 256
+        raise typer.Exit(predict_chat_command(Path(run_folder), given, file=file, as_json=as_json, new_tokens=tokens))
+    found = task or task_of_run(run_folder)
+    check_options(found, asked, source=run_folder)
+    if found == "classification":
+        raise typer.Exit(
+            classes(run_folder, given, file=file, as_json=as_json, batch_size=batch_size, is_source=task is not None)
+        )
+    chosen = PredictOptions(batch_size=batch_size, **asked)
+    raise typer.Exit(
+        predict_tasks(run_folder, found, given, chosen, file=file, as_json=as_json, is_source=task is not None)
+    )
+
+
+def task_of_run(run_folder: str) -> str:
+    """The task of a run. CheckpointError for what is none, ConfigError for a model source without --task."""
+    if run_folder.startswith("asset:"):
+        raise ConfigError(f"RUN ({run_folder}) is a model source; say what it is to do: --task mlm, say")
+    folder = find_exported(Path(run_folder), None)
+    from trainer.predict.source import task_of
+
+    return task_of(folder)
+
+
+def check_options(task: str, asked: dict[str, Any], *, source: str) -> None:
+    """ConfigError for options that the task does not read."""
+    idle = [name for name in asked if name not in READS.get(task, ())]
+    if idle:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"{words}: has no effect on {source}, whose task is {task}; leave it out")
+
+
+def read_context(file: Path) -> str:
+    """The text of --context."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--context ({file}): cannot be read ({error}); give a text file in UTF-8") from None
+
+
+def classes(
+    source: str, texts: list[str], *, file: Path | None, as_json: bool, batch_size: int, is_source: bool
+) -> int:
+    """Labels and confidences, of a run or of a model source."""
+    if not is_source:
+        return predict_command(Path(source), texts, file=file, batch_size=batch_size, as_json=as_json)
+    sources = Sources(texts, file)
+    quiet_libraries()
+    from trainer.predict.classify import Predictor
+    from trainer.predict.source import open_source
+
+    model, tokenizer, info = open_source(source, "classification")
+    predictor = Predictor(model, tokenizer, label_names=info["label_names"], max_length=info["max_length"])
+    return predict_with(predictor, sources, batch_size=batch_size, as_json=as_json)
+
+
+def predict_tasks(
+    source: str,
+    task: str,
+    texts: list[str],
+    options: PredictOptions,
+    *,
+    file: Path | None,
+    as_json: bool,
+    is_source: bool,
+) -> int:
+    """Answers of any other task. Returns the exit code."""
+    if task not in OPENERS:
+        raise ConfigError(f"--task ({task}): predict answers for classification, {', '.join(OPENERS)}")
+    sources = Sources(texts, file)
+    quiet_libraries()
+    from trainer.predict.answer import open_answerer
+    from trainer.predict.source import open_run, open_source
+
+    model, tokenizer, info = open_source(source, task) if is_source else open_run(Path(source))
+    answerer = open_answerer(task, model, tokenizer, info, options)
+    try:
+        count, elapsed_s = answer_all(answerer, sources, as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        return 0
+    if not count:
+        raise DataError(f"{sources.name} has no text; give one in quotes, --file FILE with one a line, or pipe them in")
+    noun = "text" if count == 1 else "texts"
+    print(f"{count:,} {noun} in {elapsed_s:.2f} s, {count / max(elapsed_s, 1e-9):,.1f} a second", file=sys.stderr)
+    return 0
+
+
+def answer_all(answerer: Answerer, sources: Sources, *, as_json: bool) -> tuple[int, float]:
+    """Print every answer; how many there were, and the seconds that they took."""
+    count, elapsed_s, remaining = 0, 0.0, iter(sources.lines())
+    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+        began = time.perf_counter()
+        answers = answerer.answer(chunk)
+        elapsed_s += time.perf_counter() - began
+        count += len(answers)
+        for answer in answers:
+            print_plain(sys.stdout, json.dumps(answer.facts, ensure_ascii=False) if as_json else answer.words)
+    return count, elapsed_s

@@ -1,0 +1,125 @@
+"""Words of a domain as tokens: proposed from a text, added, trained, saved, exported; and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from launch.cli import main
+from tests.distributed.resume_runs import start
+from tests.tiny import tiny_bert, tiny_sentences
+from trainer.checkpoint.export import export_checkpoint
+from trainer.config import ClassificationData, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.errors import ConfigError
+from trainer.model.architecture import load_tokenizer
+from trainer.model.methods import check_method
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    tiny_bert(tmp_path / "model")
+    tiny_sentences(tmp_path / "data.csv", rows=64)
+    return tmp_path
+
+
+def make_config(root: Path, tokens: Path, **changed: Any) -> RunConfig:
+    return RunConfig(
+        name="added",
+        run_dir=root / "run",
+        model=ModelConfig(source=str(root / "model"), added_tokens=tokens),
+        data=ClassificationData(source=str(root / "data.csv")),
+        optim=OptimConfig(peak_lr=1e-3),
+        train=TrainConfig(max_steps=2, global_batch_size=8),
+        **changed,
+    )
+
+
+def words(root: Path, *lines: str) -> Path:
+    file = root / "words.txt"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def test_an_added_word_is_one_token_that_is_trained_saved_and_exported(root: Path) -> None:
+    tokens = words(root, "longfilm", "[UNK]story"[5:] + "teller")
+    seen = start(make_config(root, tokens), "single", 1)
+    assert seen is not None
+    assert seen[0]["error"] is None
+    export_checkpoint(sorted((root / "run" / "checkpoints").iterdir())[-1], root / "exported")
+    for folder in (root / "run" / "model", root / "exported"):
+        tokenizer, model = (
+            kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForSequenceClassification)
+        )
+        assert tokenizer.tokenize("a longfilm by a storyteller") == ["a", "longfilm", "[UNK]", "a", "storyteller"]
+        assert model.config.vocab_size == len(tokenizer) == len(AutoTokenizer.from_pretrained(root / "model")) + 2
+        assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+def test_a_new_row_starts_as_the_mean_of_its_pieces(root: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    from trainer.model.added_tokens import grow_embeddings
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    model = BertForMaskedLM(BertConfig.from_pretrained(root / "model"))
+    old = model.get_input_embeddings().weight.detach().clone()
+    grow_embeddings(model, tokenizer, ["goodfilm"])
+    pieces = tokenizer(" goodfilm", add_special_tokens=False)["input_ids"]
+    new = model.get_input_embeddings().weight
+    assert torch.equal(new[:-1], old)
+    assert torch.allclose(new[-1], old[pieces].mean(dim=0))
+    assert model.get_output_embeddings().weight is new  # tied as before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((), "holds no token"),
+        (("good",), "the tokenizer has good already"),
+        (("newword", "newword"), r"words.txt:2\): 'newword' stands there twice"),
+        (("two words",), "has a space in it"),
+    ],
+)
+def test_a_file_that_will_not_do_is_refused(root: Path, lines: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(ModelConfig(source=str(root / "model"), added_tokens=words(root, *lines)))
+
+
+def test_a_file_that_is_missing_or_not_utf8_is_refused(root: Path) -> None:
+    file = root / "latin.txt"
+    for content in (None, "caf\xe9".encode("latin-1")):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_tokenizer(ModelConfig(source=str(root / "model"), added_tokens=file))
+
+
+def test_methods_that_freeze_the_embeddings_are_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs method\.name=full, not lora"):
+        check_method(make_config(root, words(root, "newword"), method=LoraConfig()))
+
+
+def test_words_that_cost_most_are_proposed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = root / "text.txt"
+    text.write_text("Tokenizers cut tokenizers; the film cut 12 3d films.", encoding="utf-8")
+    with pytest.raises(SystemExit) as done:
+        main(
+            [
+                "data",
+                "vocabulary",
+                str(text),
+                "--tokenizer",
+                "asset:minilm",
+                "--add",
+                "1",
+                "--output",
+                str(root / "out.txt"),
+            ]
+        )
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert (root / "out.txt").read_text() == "tokenizers\n"
+    assert "7 words, 5 of them different: 1.571 subwords per word, 71.4% kept whole" in said
+    assert "with 1 tokens more: 1.000 subwords per word" in said
