@@ -38,11 +38,19 @@ def show(
         typer.Option(help="Show it as this objective would: mlm, span_corruption, plm, ...; four: explain four."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write it as a picture (.png).")] = None,
+    augment: Annotated[
+        bool, typer.Option("--augment", help="A training sentence before and after each kind of data.augment.kinds.")
+    ] = False,
 ) -> None:
     """Print sample K as the recipe would see it: its source, shard and row, each document's text, and what is to be found.
 
     Example: samestep data show recipes/pretrain_clm.py 4000 --objective mlm --plot sample.png
     """
+    if augment:
+        from launch.data_augment import show_augmented
+
+        show_augmented(read_recipe(recipe, config, settings), sample)
+        return
     found, streams = open_recipe(recipe, config, settings, objective)
     if objective == FOUR:
         from launch.data_objective import show_four
@@ -89,9 +97,7 @@ def open_recipe(
     recipe: Path, config: list[Path] | None, settings: list[str] | None, objective: str | None = None
 ) -> tuple[RunConfig, Streams]:
     """A recipe's settings and streams, as they are or with another objective. ConfigError for one that reads no token datasets."""
-    defaults = load_recipe(recipe).DEFAULTS
-    arguments = [*(part for file in config or () for part in ("--config", str(file))), *(settings or ())]
-    found = resolve(type(defaults), defaults, arguments).config
+    found = read_recipe(recipe, config, settings)
     if not isinstance(found.data, StreamData):
         raise ConfigError(
             f"recipe ({recipe}) has data.kind={found.data.kind}, and no token datasets; give one of kind stream"
@@ -101,6 +107,13 @@ def open_recipe(
 
         found = with_objective(found, objective)
     return found, open_streams(found)
+
+
+def read_recipe(recipe: Path, config: list[Path] | None, settings: list[str] | None) -> RunConfig:
+    """A recipe's settings with those of files and the command line."""
+    defaults = load_recipe(recipe).DEFAULTS
+    arguments = [*(part for file in config or () for part in ("--config", str(file))), *(settings or ())]
+    return resolve(type(defaults), defaults, arguments).config
 
 
 def describe_sample(streams: Streams, sample: int) -> Iterator[str]:

@@ -31,6 +31,8 @@ RUN = Path("runs/lora_sst2")
 
 def test_the_globs_found_what_there_is() -> None:
     assert [path.name for path in RECIPES] == [
+        "full_sst2.py",
+        "head_sst2.py",
         "lora_sst2.py",
         "pretrain_bart.py",
         "pretrain_clm.py",

@@ -95,6 +95,30 @@ def tiny_tokens(folder: Path, documents: int = 60, seed: int = 0, shard_bytes: i
     return folder
 
 
+def tiny_writer(folder: Path, seed: int = 0) -> Path:
+    """A random two-layer T5 that writes words of `tiny_sentences` from words of them, with its tokenizer. Returns `folder`."""
+    import tokenizers
+    import torch
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    words = ["<pad>", "</s>", "<unk>", *GOOD, *BAD, *FILLERS]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    ).save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 def tiny_t5(folder: Path, dropout: float = 0.0) -> Path:
     """A random T5 of two blocks in each stack, and a tokenizer of words w0 to w59 that puts no end behind a text. Returns `folder`."""
     import torch

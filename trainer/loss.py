@@ -20,6 +20,17 @@ def classification_loss_sum(
     )
 
 
+def soft_label_loss_sum(
+    logits: Tensor, values: Tensor, labels: Tensor, *, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """The same for targets that are shared among classes. values: (B, C) fp32, each class's share; labels: (B,) int64, -100 where not a
+    target."""
+    kept = labels != IGNORED
+    return torch.nn.functional.cross_entropy(
+        logits[kept].float(), values[kept], weights, reduction="sum", label_smoothing=smoothing
+    )
+
+
 def multi_label_loss_sum(logits: Tensor, values: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Binary cross-entropy, averaged over labels and summed over targets, in fp32.
 

@@ -5,6 +5,7 @@ recipe defaults < --config YAML < section.key=value. A config never changes afte
 Precision, sharding and process count are not here: they belong to the accelerate configuration.
 """
 
+from trainer.config.augment import Augmentation
 from trainer.config.data import ClassificationData, InstructData, LiveData, StreamData, Target, check_weights
 from trainer.config.method import (
     AdapterConfig,
@@ -38,6 +39,7 @@ from trainer.config.section import MayChange, Resume, Section
 
 __all__ = [
     "AdapterConfig",
+    "Augmentation",
     "BitfitConfig",
     "ClassificationData",
     "DoraConfig",

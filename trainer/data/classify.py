@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.config import ClassificationData, RunConfig, TrainConfig
+from trainer.data.augment import Augmenter, describe_augmentation
 from trainer.data.batches import IGNORED, epoch_batches, micro_batches
 from trainer.data.label_table import MOST_CLASSES_SHOWN, label_table
 from trainer.data.labels import check_numbers, class_weights
@@ -65,6 +66,8 @@ class ClassificationSet:
     """Fills short samples; the attention mask hides it."""
     class_weights: np.ndarray | None = None
     """(C,) float64: the factor of each label's loss."""
+    augmenter: Augmenter | None = None
+    """Makes other forms of the training samples; None where they are read as they are."""
 
     def collate(self, split: Split, ids: np.ndarray) -> "dict[str, Tensor]":
         """A batch of CPU tensors, padded on the right to its longest sample.
@@ -117,6 +120,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     """
     # Not at the top: of the data modules this function alone stands above the model.
     from trainer.model.load import load_architecture, load_tokenizer
+    from trainer.model.rewrite import build_augmenter
 
     data = config.data
     assert isinstance(data, ClassificationData), data.kind
@@ -129,6 +133,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     check_max_length(data.max_length, tokenizer, pair=pair, source=config.model.source, positions=positions)
     train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
     test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split
+    augmenter = build_augmenter(data.augment, raw.train, config.train.seed, accelerator.device)
     built = ClassificationSet(
         train.split,
         validation.split,
@@ -137,6 +142,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
         tokenizer,
         pad_token_id=tokenizer.pad_token_id,
         class_weights=raw.class_weights,
+        augmenter=augmenter,
     )
     if accelerator.is_main_process:
         announce(_describe(config.train, data, raw, built, train, world_size=accelerator.num_processes), is_main=True)
@@ -229,6 +235,7 @@ def _describe(
         *([] if raw.class_weights is None else [("weights", (_describe_weights(raw),))]),
         ("batches", (f"{len(batches):,} global batches of {batch_size} per epoch{last}; {padding:.1%} padding",)),
         ("tokens", (f"{train.describe_lengths(data.max_length)} (data.max_length)",)),
+        ("augment", describe_augmentation(data.augment)),
     ]
     return "\n".join(
         f"{title if number == 0 else '':<11}{line}" for title, lines in rows for number, line in enumerate(lines)

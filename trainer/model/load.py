@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.backend.request import read_request
-from trainer.config import MethodConfig, ModelConfig, QloraConfig, RunConfig
+from trainer.config import ClassificationData, MethodConfig, ModelConfig, QloraConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.model.added_tokens import grow_embeddings, read_tokens
 from trainer.model.architecture import (
@@ -31,6 +31,7 @@ from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
 from trainer.model.heads import encoder_prefix, head_modules
 from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
+from trainer.model.mixup import blend_embeddings
 from trainer.model.quantize import keep_layout, num_elements, quantization_config, stored_bytes
 from trainer.model.targets import resolve_targets
 from trainer.screen import announce
@@ -77,6 +78,8 @@ def build_model(
     )
     if on_cpu:
         use_fast_dropout(model)
+    if isinstance(config.data, ClassificationData) and config.data.augment.mixes:
+        blend_embeddings(model)
     announce(summary(config, plain, model, new_names), is_main=accelerator.is_main_process)
     return model
 

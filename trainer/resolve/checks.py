@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import ClassificationData, RunConfig
+from trainer.config.augment import MODEL_KINDS, TEXT_KINDS, WORD_KINDS, AugmentKind
 from trainer.resolve.merge import Merged
 
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -43,7 +44,24 @@ def _hub(config: RunConfig) -> bool:
     return not source.startswith("asset:") and Path(source).suffix not in FILE_SUFFIXES
 
 
-_IDLE: tuple[tuple[str, str, Callable[[RunConfig], bool], str], ...] = (
+Rule = tuple[str, str, Callable[[RunConfig], bool], str]
+
+
+def _needs_augmentation(setting: str, *kinds: AugmentKind) -> Rule:
+    """A setting of data.augment that these kinds alone read."""
+
+    def is_idle(config: RunConfig) -> bool:
+        return isinstance(config.data, ClassificationData) and not set(config.data.augment.kinds) & set(kinds)
+
+    return (
+        f"data.augment.{setting}",
+        "data.augment.kinds",
+        is_idle,
+        f"unless data.augment.kinds has {' or '.join(kinds)}",
+    )
+
+
+_IDLE: tuple[Rule, ...] = (
     (
         "data.validation_fraction",
         "data.validation",
@@ -87,5 +105,10 @@ _IDLE: tuple[tuple[str, str, Callable[[RunConfig], bool], str], ...] = (
         lambda config: config.method.name == "head",
         "with method.name=head, whose encoder needs no backward pass",
     ),
+    _needs_augmentation("probability", *TEXT_KINDS),
+    _needs_augmentation("fraction", *WORD_KINDS),
+    _needs_augmentation("synonyms", "synonyms", "insert"),
+    *(_needs_augmentation(setting, kind) for kind, settings in MODEL_KINDS.items() for setting in settings),
+    _needs_augmentation("mixup_alpha", "mixup"),
 )
 """(setting, the setting that may make it idle, when it does, why)."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import ClassificationData, InstructData, PairData, QuestionData, RunConfig, StreamData
+from trainer.config import Augmentation, ClassificationData, InstructData, PairData, QuestionData, RunConfig, StreamData
 from trainer.errors import ConfigError, SamestepError
 
 
@@ -23,6 +23,7 @@ def _check_data(config: RunConfig) -> None:
         from trainer.data.classify import read_splits
 
         read_splits(config.data)
+        _check_augmentation(config.data.augment)
     elif isinstance(config.data, StreamData):
         from trainer.data.stream.open import open_streams
 
@@ -52,6 +53,17 @@ def _check_data(config: RunConfig) -> None:
         from trainer.data.stream.live import open_dataset
 
         open_dataset(config.data)
+
+
+def _check_augmentation(augment: Augmentation) -> None:
+    if augment.synonyms is not None:
+        from trainer.data.synonyms import load_synonyms
+
+        load_synonyms(augment.synonyms)
+    if augment.text_kinds:
+        from trainer.model.rewrite import check_writers
+
+        check_writers(augment)
 
 
 def _check_model(config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from trainer.data.classify import TARGETS, ClassificationSet, Split, build_data
 from trainer.evaluate import evaluate_logits
 from trainer.task.protocol import Batch, Evaluation, Forward, Outputs, SplitName
 from trainer.task.targets import TargetKind, target_kind
+from trainer.task.varied import VariedBatches, vary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +77,8 @@ class ClassificationTask:
         digest, train = hashlib.sha256(), self.data.train
         for array in (train.tokens, train.offsets, train.labels):
             digest.update(array.tobytes())
+        if self.data.augmenter is not None:
+            digest.update(self.data.augmenter.digest())
         return digest.hexdigest()
 
     def model_info(self) -> dict[str, object]:
@@ -95,11 +98,18 @@ class ClassificationTask:
     def usage(self, folder: Path) -> str:
         return f'samestep predict {folder} "your text"'
 
+    @cached_property
+    def varied(self) -> VariedBatches | None:
+        """Batches of training samples in other forms; None where they are read as they are."""
+        assert isinstance(self.config.data, ClassificationData)
+        return vary(self.data, self.config.data.max_length)
+
     def global_batch(self, step: int) -> np.ndarray:
-        return self.batches.at(step)
+        batch = self.batches.at(step)
+        return batch if self.varied is None else self.varied.numbers(batch, step, epoch=step // self.steps_per_epoch)
 
     def training_batch(self, ids: np.ndarray) -> Batch:
-        return self.data.collate(self.data.train, ids)
+        return self.data.collate(self.data.train, ids) if self.varied is None else self.varied.batch(ids)
 
     def rank_state(self, step: int) -> bytes:
         return b""

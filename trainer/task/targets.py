@@ -19,6 +19,7 @@ from trainer.loss import (
     count_correct,
     count_exact,
     multi_label_loss_sum,
+    soft_label_loss_sum,
     squared_error_sum,
 )
 from trainer.metrics import (
@@ -73,9 +74,13 @@ class OneLabel:
     shown_metrics = ("loss", "accuracy", "f1")
 
     def loss_sum(self, logits: Tensor, batch: Batch) -> Tensor:
-        if self.weights is None and not self.smoothing:
+        if self.weights is None and not self.smoothing and "values" not in batch:
             return classification_loss_sum(logits, batch["labels"])
         weights = None if self.weights is None else self.weights.to(logits.device)
+        if "values" in batch:  # blended samples, see trainer/task/varied.py
+            return soft_label_loss_sum(
+                logits, batch["values"], batch["labels"], weights=weights, smoothing=self.smoothing
+            )
         return classification_loss_sum(logits, batch["labels"], weights=weights, smoothing=self.smoothing)
 
     def count(self, logits: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,137 @@
+"""What augmentation changes when there are 200 training sentences: test accuracy with and without each kind, 3 seeds.
+
+    python tests/bench/bench_augment.py                                # 3 seeds x 7 settings; the kinds that need no model
+    python tests/bench/bench_augment.py --seeds 1 --kinds none mixup
+    python tests/bench/bench_augment.py --paraphraser FOLDER           # also with a model's paraphrases
+
+MiniLM with LoRA as in recipes/lora_sst2.py, on 200 sentences of asset:sst; the step with the best validation loss is tested on the recipe's
+own test split of 1,511 sentences. A seed draws the 200 sentences, the adapter's weights, the order and the augmentation; within a
+seed, everything but the augmentation is the same for all. The last line is one JSON object: mean accuracy of each setting, and its
+mean difference to none, over seeds.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a script, `tests` is not importable
+
+from accelerate import Accelerator
+
+from recipes.lora_sst2 import DEFAULTS
+from trainer.backend import build_accelerator
+from trainer.config import Augmentation, RunConfig
+from trainer.config.augment import WORD_KINDS
+from trainer.data.batches import permutation
+from trainer.data.classify import read_splits
+from trainer.data.samples import Samples
+from trainer.loop import Trainer
+from trainer.model.load import build_model
+from trainer.task import build_task
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "none": {"kinds": ()},
+    **{kind: {"kinds": (kind,)} for kind in WORD_KINDS},
+    "eda": {"kinds": WORD_KINDS},
+    "mixup": {"kinds": ("mixup",)},
+}
+"""Name of a setting -> data.augment; `eda` is all four changes of words."""
+
+
+def main() -> None:
+    """Train every cell, print a table and the JSON line."""
+    asked = parse_arguments()
+    settings = {name: SETTINGS[name] for name in asked.kinds}
+    if asked.paraphraser is not None:
+        settings["paraphrase"] = {"kinds": ("paraphrase",), "paraphraser": asked.paraphraser}
+    found: dict[str, list[float]] = {name: [] for name in settings}
+    accelerator = build_accelerator(DEFAULTS)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(asked.seeds):
+            files = write_files(Path(folder), asked.samples, asked.test, seed)
+            for name, augment in settings.items():
+                began = time.perf_counter()
+                config = make_config(files, Augmentation(**augment), seed, asked)  # type: ignore[arg-type]
+                found[name].append(test_accuracy(config, accelerator))
+                seconds = time.perf_counter() - began
+                print(f"seed {seed}, {name}: {found[name][-1]:.4f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    show(found, asked.samples)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options; `python tests/bench/bench_augment.py --help` prints them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--samples", type=int, default=200, help="training sentences (default 200)")
+    parser.add_argument("--test", type=int, default=None, help="test sentences (default: all 1,511)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over them (default 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds (default 3)")
+    parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
+    parser.add_argument("--paraphraser", help="a model that writes a text from a text: also measure its paraphrases")
+    return parser.parse_args()
+
+
+def write_files(folder: Path, num_train: int, num_test: int | None, seed: int) -> dict[str, str]:
+    """Training, validation and test sentences as files; validation (as many) and test are of the recipe's splits."""
+    splits = read_splits(DEFAULTS.data)  # type: ignore[arg-type]
+    assert splits.test is not None
+    files = {}
+    for name, samples, most, key in (
+        ("source", splits.train, num_train, seed),
+        ("validation", splits.validation, num_train, 0),
+        ("test", splits.test, num_test, 0),
+    ):
+        files[name] = str(folder / f"{seed}-{name}.csv")
+        chosen = permutation(len(samples), key)[:most]  # asset:sst has the positive sentences first
+        write_file(Path(files[name]), samples.take(chosen), splits.label_names)
+    return files
+
+
+def write_file(file: Path, samples: Samples, names: tuple[str, ...]) -> None:
+    """A CSV of the samples."""
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(("text", "label"))
+        writer.writerows(zip(samples.texts, (names[label] for label in samples.labels), strict=True))
+
+
+def make_config(files: dict[str, str], augment: Augmentation, seed: int, asked: argparse.Namespace) -> RunConfig:
+    """The recipe on these files; the learning rate and the batch are its own."""
+    data = DEFAULTS.data.model_copy(update={**files, "augment": augment})
+    train = DEFAULTS.train.model_copy(
+        update={"num_epochs": asked.epochs, "seed": seed, "eval_every": None, "metric": "loss", "resume": "never"}
+    )
+    return DEFAULTS.model_copy(update={"data": data, "train": train})
+
+
+def test_accuracy(config: RunConfig, accelerator: Accelerator) -> float:
+    """Train, and test the step that was best on validation."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config.model_copy(update={"run_dir": Path(folder) / "run"})
+        with contextlib.redirect_stdout(io.StringIO()):
+            task = build_task(config, accelerator)
+            accelerator.free_memory()
+            Trainer(config, accelerator, build_model(config, task.label_names, accelerator), task).fit()
+        last = (config.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return float(json.loads(last)["test/accuracy"])
+
+
+def show(found: dict[str, list[float]], num_samples: int) -> None:
+    """The table, and the JSON line."""
+    print(f"\nTest accuracy after training on {num_samples} sentences, by seed")
+    print(f"| augmentation | {' | '.join(f'seed {seed}' for seed in range(len(next(iter(found.values())))))} | mean |")
+    for name, values in found.items():
+        print(f"| {name} | {' | '.join(f'{value:.4f}' for value in values)} | {statistics.mean(values):.4f} |")
+    means = {name: round(statistics.mean(values), 5) for name, values in found.items()}
+    gains = {name: round(mean - means["none"], 5) for name, mean in means.items() if "none" in means and name != "none"}
+    print(json.dumps({"accuracy": means, "minus_none": gains}))
+
+
+if __name__ == "__main__":
+    main()
