@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.checkpoint.store", "trainer.checkpoint.state"),
     ("trainer.checkpoint.resume", "trainer.divergence"),
     ("trainer.backend", "trainer.data", "trainer.run_folder", "trainer.screen", "trainer.plots"),
-    ("trainer.model", "trainer.loss", "trainer.metrics", "trainer.spans"),
+    ("trainer.model", "trainer.loss", "trainer.metrics", "trainer.entities", "trainer.spans"),
     ("trainer.optim", "trainer.data.classify", "trainer.predict"),
     ("trainer.resolve", "trainer.evaluate", "trainer.log"),
     ("trainer.task",),

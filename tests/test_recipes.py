@@ -34,6 +34,7 @@ def test_the_globs_found_what_there_is() -> None:
         "full_sst2.py",
         "head_sst2.py",
         "lora_sst2.py",
+        "ner.py",
         "pretrain_bart.py",
         "pretrain_clm.py",
         "pretrain_mlm.py",

@@ -36,6 +36,7 @@ from trainer.config.run import (
     may_change,
 )
 from trainer.config.section import MayChange, Resume, Section
+from trainer.config.tags import TagData
 
 __all__ = [
     "AdapterConfig",
@@ -67,6 +68,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "StreamData",
+    "TagData",
     "Target",
     "TrainConfig",
     "VeraConfig",

@@ -17,6 +17,7 @@ from trainer.config.method import FullConfig, MethodConfig
 from trainer.config.pairs import PairData
 from trainer.config.questions import QuestionData
 from trainer.config.section import Fraction, MayChange, Probability, Section
+from trainer.config.tags import TagData
 
 MetricName = Literal[
     "loss", "accuracy", "precision", "recall", "f1", "micro_f1", "exact_match", "mae", "pearson", "spearman"
@@ -74,7 +75,8 @@ class ModelConfig(Section):
 
 
 DataConfig = Annotated[
-    ClassificationData | StreamData | LiveData | InstructData | PairData | QuestionData, Field(discriminator="kind")
+    ClassificationData | StreamData | LiveData | InstructData | PairData | QuestionData | TagData,
+    Field(discriminator="kind"),
 ]
 
 METRICS: dict[str, tuple[str, ...]] = {

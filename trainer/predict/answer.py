@@ -51,6 +51,7 @@ OPENERS: dict[str, str] = {
     "mlm_pairs": "trainer.predict.fill_mask:open_answerer",
     "clm": "trainer.predict.generate:open_answerer",
     "seq2seq": "trainer.predict.generate:open_answerer",
+    "token_classification": "trainer.predict.tags:open_answerer",
     "question_answering": "trainer.predict.questions:open_answerer",
 }
 """Task -> its `open_answerer(model, tokenizer, info, options)`, imported at need; info is samestep.json, or {} for a model source."""

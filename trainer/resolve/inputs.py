@@ -2,7 +2,16 @@
 
 from collections.abc import Callable, Sequence
 
-from trainer.config import Augmentation, ClassificationData, InstructData, PairData, QuestionData, RunConfig, StreamData
+from trainer.config import (
+    Augmentation,
+    ClassificationData,
+    InstructData,
+    PairData,
+    QuestionData,
+    RunConfig,
+    StreamData,
+    TagData,
+)
 from trainer.errors import ConfigError, SamestepError
 
 
@@ -49,6 +58,11 @@ def _check_data(config: RunConfig) -> None:
 
         if config.data.source != "asset:stdlib" or config.data.validation is not None:
             read_questions(config.data)
+    elif isinstance(config.data, TagData):
+        from trainer.data.tags import read_tags
+
+        if not config.data.source.startswith("asset:"):
+            read_tags(config.data)
     else:
         from trainer.data.stream.live import open_dataset
 

@@ -109,6 +109,7 @@ TASKS = {
     "live": "trainer.task.live:build",
     "instruct": "trainer.task.instruct:build",
     "pairs": "trainer.task.seq2seq:build",
+    "tags": "trainer.task.token_classification:build",
     "questions": "trainer.task.question_answering:build",
 }
 """data.kind -> the builder of its task, imported at need."""
