@@ -63,12 +63,13 @@ def test_back_translation_reads_what_the_translator_wrote(folder: Path, cache: P
     for part, texts in enumerate((TEXTS, TEXTS[::-1])):
         expected = written_by(folder / "t5-2", written_by(folder / "t5-1", texts, 0), 0)
         assert [texts[part] for texts in made.rewrites["back_translation"]] == expected
-    assert len(list(cache.glob("*.json"))) == 4
+        assert expected != texts
 
 
 def test_writing_leaves_torchs_generator_alone_and_no_text_empty(folder: Path) -> None:
     before = torch.get_rng_state()
-    assert all(written_by(folder / "t5-0", ["film"] * 40, 0))
+    written = written_by(folder / "t5-0", ["film"] * 40, 0)
+    assert all(written) and len(set(written)) > 30
     assert torch.equal(torch.get_rng_state(), before)
 
 
