@@ -184,7 +184,9 @@ class ClmTask(LanguageTask):
         return read_batch(self.streams.train.batch(ids.tolist()), self.sequence_length)
 
     def validation_batch(self, ids: np.ndarray) -> Batch:
-        return read_batch(self.streams.validation.batch(ids.tolist()), self.sequence_length)
+        return read_batch(
+            self.streams.validation.batch(self.streams.validation_samples(ids).tolist()), self.sequence_length
+        )
 
     def rank_state(self, step: int) -> bytes:
         return b""

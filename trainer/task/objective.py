@@ -87,7 +87,8 @@ class ObjectiveTask(clm.ClmTask):
         return self.made(self.objective, self.streams.train, ids, sum(self.streams.train.rows))
 
     def validation_batch(self, ids: np.ndarray) -> Batch:
-        return self.made(self.held_out, self.streams.validation, ids, self.num_validation_rows)
+        samples, num_rows = self.streams.validation_samples(ids), sum(self.streams.validation.rows)
+        return self.made(self.held_out, self.streams.validation, samples, num_rows)
 
     def made(self, objective: Any, stream: Stream, ids: np.ndarray, num_rows: int) -> Batch:
         """CPU tensors of these samples. Without ids: the first sample, without targets."""

@@ -4,6 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer.config import RunConfig, StreamData
 from trainer.data.assets import cache_folder
 from trainer.data.objectives import row_length
@@ -26,6 +29,10 @@ class Streams:
     validation_rows: int
     steps_per_epoch: int
     tokenizer_file: Path
+
+    def validation_samples(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples of the rows of an evaluation: spread evenly over all held-out rows, of which the first may be unlike the others."""
+        return ids * sum(self.validation.rows) // self.validation_rows
 
 
 def open_streams(config: RunConfig) -> Streams:
