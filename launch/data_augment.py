@@ -27,7 +27,6 @@ def show_augmented(config: RunConfig, sample: int) -> None:
 
     kinds = data.augment.kinds or WORD_KINDS
     augmenter = build_augmenter(data.augment.model_copy(update={"kinds": kinds}), raw.train, config.train.seed)
-    assert augmenter is not None
     print(f"training sample {sample:,} of {config.name}: {raw.label_names[raw.train.labels[sample]]}")
     print(f"{'before':<18}{joined(augmenter.original(sample))}")
     for line in forms(augmenter, sample):

@@ -134,7 +134,7 @@ def test_shipped_variants_follow_the_schema_and_name_it() -> None:
     for path in files:
         text = path.read_text()
         assert text.startswith("# yaml-language-server: $schema=schema.json\n")
-        recipe = "pretrain_clm" if path.name.startswith("pretrain") else "lora_sst2"
+        recipe = path.stem.removesuffix("_hub")
         assert f"recipes/{recipe}.py --config recipes/configs/{path.name}" in text
         assert list(validator.iter_errors(yaml.safe_load(text))) == []
 

@@ -1,5 +1,6 @@
 """Augmented training on real ranks: the same steps on every backend, for any number of ranks and micro-batches."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def make_config(root: Path, run: Path, *, method: str = "full", micro: int | Non
         method={"name": method},  # type: ignore[arg-type]
         data=ClassificationData(source=str(root / "data.csv"), augment=augment),
         optim=OptimConfig(peak_lr=1e-2),
-        train=TrainConfig(max_steps=STEPS, global_batch_size=NUM_TARGETS, micro_batch_size=micro),
+        train=TrainConfig(max_steps=STEPS, global_batch_size=NUM_TARGETS, log_every=1, micro_batch_size=micro),
     )
 
 
@@ -68,3 +69,23 @@ def test_backends_take_the_same_augmented_steps(method: str, root: Path, tmp_pat
     assert len(set(found["single"])) == 2 * STEPS
     for backend in backends[1:]:
         assert found[backend] == pytest.approx(found["single"], rel=2e-4), backend
+
+
+def train(config: RunConfig, stop_at: int | None) -> list[float]:
+    """Losses and metrics that the run's file holds after it; runs on every rank. stop_at: a step after which a stop is asked for."""
+    accelerator = build_accelerator(config)
+    task = build_task(config, accelerator)
+    trainer = Trainer(config, accelerator, build_model(config, task.label_names, accelerator), task)
+    if stop_at is not None:
+        trainer.stop_seen = lambda: trainer.progress.step == stop_at  # type: ignore[method-assign]
+    trainer.fit()
+    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line[name] for line in lines for name in ("train/loss", "train/grad_norm", "test/loss") if name in line]
+
+
+def test_a_run_goes_on_with_the_same_forms_on_another_backend(root: Path, tmp_path: Path) -> None:
+    whole = run_ranks(train, "single", 1, args=(make_config(root, tmp_path / "whole", method="lora"), None))[0]
+    config = make_config(root, tmp_path / "stopped", method="lora")
+    first = run_ranks(train, "ddp", 2, args=(config, 4))[0]
+    assert len(first) < len(whole) == 2 * STEPS + 1
+    assert run_ranks(train, "single", 1, args=(config, None))[0] == pytest.approx(whole, rel=1e-4)

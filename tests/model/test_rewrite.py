@@ -45,15 +45,14 @@ def test_a_paraphrase_is_what_the_model_writes_and_is_kept(
 ) -> None:
     augment = Augmentation(kinds=("paraphrase",), probability=1, paraphraser=str(folder / "t5-0"))
     first = build_augmenter(augment, samples(), seed=3)
-    assert first is not None
     assert [first.texts_at(0, n)[0] for n in range(4)] == written_by(folder / "t5-0", TEXTS, 3) != TEXTS
     assert "writes 4 texts (data.augment.paraphraser)" in capsys.readouterr().err
     assert len(list(cache.glob("*.json"))) == 1
     again = build_augmenter(augment, samples(), seed=3)
-    assert again is not None and again.rewrites == first.rewrites and again.digest() == first.digest()
+    assert again.rewrites == first.rewrites and again.digest() == first.digest()
     assert capsys.readouterr().err == ""
     other = build_augmenter(augment, samples(), seed=4)
-    assert other is not None and other.rewrites != first.rewrites
+    assert other.rewrites != first.rewrites
 
 
 def test_back_translation_reads_what_the_translator_wrote(folder: Path, cache: Path) -> None:
@@ -61,16 +60,16 @@ def test_back_translation_reads_what_the_translator_wrote(folder: Path, cache: P
         kinds=("back_translation",), translator=str(folder / "t5-1"), back_translator=str(folder / "t5-2")
     )
     made = build_augmenter(augment, samples(pairs=True), seed=0)
-    assert made is not None
     for part, texts in enumerate((TEXTS, TEXTS[::-1])):
         expected = written_by(folder / "t5-2", written_by(folder / "t5-1", texts, 0), 0)
         assert [texts[part] for texts in made.rewrites["back_translation"]] == expected
-    assert len(list(cache.glob("*.json"))) == 4
+        assert expected != texts
 
 
 def test_writing_leaves_torchs_generator_alone_and_no_text_empty(folder: Path) -> None:
     before = torch.get_rng_state()
-    assert all(written_by(folder / "t5-0", ["film"] * 40, 0))
+    written = written_by(folder / "t5-0", ["film"] * 40, 0)
+    assert all(written) and len(set(written)) > 30
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -86,7 +85,3 @@ def test_models_that_cannot_write_are_refused(folder: Path, tmp_path: Path) -> N
     none = Augmentation(kinds=("paraphrase",), paraphraser=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"data\.augment\.paraphraser \(.*none\) cannot be opened"):
         build_augmenter(none, samples(), seed=0)
-
-
-def test_without_kinds_there_is_nothing_to_make() -> None:
-    assert build_augmenter(Augmentation(), samples(), seed=0) is None

@@ -133,7 +133,9 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
     check_max_length(data.max_length, tokenizer, pair=pair, source=config.model.source, positions=positions)
     train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
     test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split
-    augmenter = build_augmenter(data.augment, raw.train, config.train.seed, accelerator.device)
+    augmenter = None
+    if data.augment.kinds:
+        augmenter = build_augmenter(data.augment, raw.train, config.train.seed, accelerator.device)
     built = ClassificationSet(
         train.split,
         validation.split,

@@ -36,10 +36,11 @@ TOP_P = 0.95
 
 def build_augmenter(
     augment: Augmentation, samples: Samples, seed: int, device: torch.device | str = "cpu"
-) -> Augmenter | None:
-    """What makes other forms of the training samples; None without kinds. Models write on `device`, minutes for a large set."""
-    if not augment.kinds:
-        return None
+) -> Augmenter:
+    """What makes other forms of the training samples. Models write on `device`, at first use: minutes for a large set.
+
+    ConfigError for a model that cannot write, DataError for a table of synonyms that cannot be read.
+    """
     asks_words = {"synonyms", "insert"} & set(augment.kinds)
     synonyms = load_synonyms(augment.synonyms) if asks_words else {}
     parts = [samples.texts] if samples.pairs is None else [samples.texts, samples.pairs]
