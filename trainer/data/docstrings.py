@@ -8,10 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
-from trainer.data.assets import cache_folder, stdlib_files
-from trainer.errors import DataError
+from trainer.data.assets import stdlib_files
+from trainer.data.made import made_once
 
 INSTRUCTION = "Write the docstring of this Python function.\n\n"
 INSIDE = re.compile(r"^\s+(?:async def|def|class) ", re.MULTILINE)
@@ -23,20 +21,13 @@ def docstring_file() -> Path:
 
     Holds every function that has a docstring and a body beside it, in the order of files.
     """
-    cache = cache_folder()
-    file = cache / "stdlib-docstrings-{}.{}.{}.jsonl".format(*sys.version_info)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".stdlib-docstrings.lock"):
-            if not file.exists():
-                pairs = [pair for source in stdlib_files() for pair in pairs_of_file(source)]
-                lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
-                fresh = file.with_suffix(".new")
-                fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                fresh.replace(file)
-    except OSError as error:
-        raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
-    return file
+
+    def write(file: Path) -> None:
+        pairs = [pair for source in stdlib_files() for pair in pairs_of_file(source)]
+        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    return made_once("stdlib-docstrings-{}.{}.{}.jsonl".format(*sys.version_info), write)
 
 
 def stdlib_summaries() -> list[tuple[str, str]]:

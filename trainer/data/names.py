@@ -11,11 +11,9 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
-from trainer.data.assets import cache_folder, stdlib_files
+from trainer.data.assets import stdlib_files
 from trainer.data.batches import permutation
-from trainer.errors import DataError
+from trainer.data.made import made_once
 
 MOST_WITH, MOST_WITHOUT = 24, 6
 """Lines of a file with names and without any: about 20,000 in all, none of which is much of one file."""
@@ -31,21 +29,13 @@ Place = tuple[int, int]
 
 def names_file() -> Path:
     """A CoNLL file, made at first use in some 10 s. Any number of processes may call it. DataError for a full disk."""
-    cache = cache_folder()
-    file = cache / "stdlib-names-{}.{}.{}.conll".format(*sys.version_info)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".stdlib-names.lock"):
-            if not file.exists():
-                fresh = file.with_suffix(".new")
-                with fresh.open("w", encoding="utf-8") as out:
-                    for number, source in enumerate(stdlib_files()):
-                        for text in conll_lines(chosen(list(lines_of(source)), number)):
-                            out.write(text)
-                fresh.replace(file)
-    except OSError as error:
-        raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
-    return file
+
+    def write(file: Path) -> None:
+        with file.open("w", encoding="utf-8") as out:
+            for number, source in enumerate(stdlib_files()):
+                out.writelines(conll_lines(chosen(list(lines_of(source)), number)))
+
+    return made_once("stdlib-names-{}.{}.{}.conll".format(*sys.version_info), write)
 
 
 def conll_lines(lines: list[Line]) -> Iterator[str]:

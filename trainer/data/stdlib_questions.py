@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
-from trainer.data.assets import cache_folder, stdlib_files
+from trainer.data.assets import stdlib_files
 from trainer.data.batches import permutation, random_words
-from trainer.errors import DataError
+from trainer.data.made import made_once
 
 NUM_QUESTIONS = 8_000
 SHORTEST, LONGEST = 1_000, 3_000
@@ -47,19 +45,12 @@ def question_file() -> Path:
 
     Any number of processes may call it. The title is the file within the library.
     """
-    cache = cache_folder()
-    file = cache / "stdlib-questions-{}.{}.{}.jsonl".format(*sys.version_info)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".stdlib-questions.lock"):
-            if not file.exists():
-                lines = [json.dumps(row) for row in chosen_rows(stdlib_files())]
-                fresh = file.with_suffix(".new")
-                fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                fresh.replace(file)
-    except OSError as error:
-        raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
-    return file
+
+    def write(file: Path) -> None:
+        lines = [json.dumps(row) for row in chosen_rows(stdlib_files())]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    return made_once("stdlib-questions-{}.{}.{}.jsonl".format(*sys.version_info), write)
 
 
 def chosen_rows(files: list[Path]) -> list[dict[str, object]]:

@@ -5,20 +5,16 @@ settings, so the model never sees a sentence that the classifier is tested on, n
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
 from trainer.config import ClassificationData
-from trainer.data.assets import asset_path, cache_folder
+from trainer.data.assets import asset_path
+from trainer.data.made import made_once
 from trainer.data.samples import label_set, read_samples
 from trainer.data.sources import read_source
 from trainer.data.split import stratified_split
 from trainer.data.stream.shards import MANIFEST
 from trainer.data.stream.tokenize import tokenize
-from trainer.errors import DataError
 
 SENTENCES = {"asset:sst-train": "train", "asset:sst-validation": "validation"}
 END = "[SEP]"
@@ -26,34 +22,19 @@ END = "[SEP]"
 
 def sentences_dataset(source: str) -> Path:
     """The folder of one of SENTENCES, made at first use: a few seconds. Any number of processes may call it. DataError for a full disk."""
-    cache = cache_folder()
-    folder = cache / "sst-tokens-minilm"
-    found = folder / SENTENCES[source]
-    if (found / MANIFEST).exists():
-        return found
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".sst-tokens.lock"):
-            if not (found / MANIFEST).exists():
-                make_datasets(folder)
-    except OSError as error:
-        raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
-    return found
+    part = SENTENCES[source]
+    return (
+        made_once("sst-tokens-minilm", make_datasets, is_whole=lambda folder: (folder / part / MANIFEST).exists())
+        / part
+    )
 
 
 def make_datasets(folder: Path) -> None:
-    """Tokenize both splits, a sentence a document, and publish the folder whole."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for part, texts in split_sentences().items():
-            file = staging / f"{part}.jsonl"
-            file.write_text("".join(json_line(text) for text in texts), encoding="utf-8")
-            tokenize([str(file)], staging / part, asset_path("minilm") / "tokenizer.json", eos=END)
-            file.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """Tokenize both splits, a sentence a document."""
+    for part, texts in split_sentences().items():
+        file = folder.with_name(f"{part}.jsonl")
+        file.write_text("".join(json_line(text) for text in texts), encoding="utf-8")
+        tokenize([str(file)], folder / part, asset_path("minilm") / "tokenizer.json", eos=END)
 
 
 def split_sentences() -> dict[str, list[str]]:
