@@ -84,19 +84,17 @@ class ObjectiveTask(clm.ClmTask):
     # Batches
 
     def training_batch(self, ids: np.ndarray) -> Batch:
-        return self.made(self.objective, self.streams.train, ids, sum(self.streams.train.rows))
+        return self.made(self.objective, self.streams.train, ids)
 
     def validation_batch(self, ids: np.ndarray) -> Batch:
-        samples, num_rows = self.streams.validation_samples(ids), sum(self.streams.validation.rows)
-        return self.made(self.held_out, self.streams.validation, samples, num_rows)
+        return self.made(self.held_out, self.streams.validation, self.streams.validation_samples(ids))
 
-    def made(self, objective: Any, stream: Stream, ids: np.ndarray, num_rows: int) -> Batch:
+    def made(self, objective: Any, stream: Stream, ids: np.ndarray) -> Batch:
         """CPU tensors of these samples. Without ids: the first sample, without targets."""
         samples = ids if len(ids) else np.zeros(1, np.int64)
         rows = self.rows(stream, samples)
         if self.is_paired:
-            others = (random_rows(samples, 1, objective.seed, OTHERS)[:, 0] % np.uint64(num_rows)).astype(np.int64)
-            others = np.where(others == samples, (others + 1) % num_rows, others)
+            others = earlier(samples, objective.seed)
             rows = Rows(rows.ids, rows.held, rows.samples, rows.documents, self.rows(stream, others))
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in objective.batch(rows).items()}
         if not len(ids):
@@ -172,6 +170,12 @@ class ObjectiveTask(clm.ClmTask):
             words = {"given": given, "wanted": labels[wanted], "found": ids[wanted]}
             texts.append("\n".join(f"{name}: {self.tokenizer.decode(part)}" for name, part in words.items()))
         (folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def earlier(samples: np.ndarray, seed: int) -> np.ndarray:
+    """For each sample one before it, which a run can always read whatever its sources' weights; of the first the second."""
+    words = random_rows(samples, 1, seed, OTHERS)[:, 0]
+    return np.where(samples > 0, (words % np.maximum(samples, 1).astype(np.uint64)).astype(np.int64), 1)
 
 
 def logits_of(outputs: Outputs) -> Tensor:

@@ -1,0 +1,15 @@
+"""Which other row a pair is made with."""
+
+import numpy as np
+
+from trainer.task.objective import earlier
+
+
+def test_the_other_row_is_an_earlier_one_that_depends_on_the_sample_alone() -> None:
+    samples = np.array([0, 1, 2, 17, 10**12])
+    found = earlier(samples, 3)
+    assert found[:2].tolist() == [1, 0]
+    assert (found[1:] < samples[1:]).all()
+    assert earlier(samples[3:4], 3).tolist() == found[3:4].tolist()
+    many = earlier(np.full(1000, 1) * np.arange(1, 1001), 3) / np.arange(1, 1001)
+    assert abs(many.mean() - 0.5) < 0.05  # anywhere before
