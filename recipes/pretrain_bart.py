@@ -18,7 +18,7 @@ DEFAULTS = RunConfig(
     name="pretrain_bart",
     model=ModelConfig(source=str(Path(__file__).parent / "models/bart-9m"), task="seq2seq", init="random"),
     data=StreamData(objective="infilling", sequence_length=128, packing="concat", isolate=False),
-    optim=OptimConfig(peak_lr=1e-3, schedule="cosine", warmup_fraction=0.05, min_lr_fraction=0.1, weight_decay=0.1),
+    optim=OptimConfig(peak_lr=5e-4, schedule="cosine", warmup_fraction=0.2, min_lr_fraction=0.1, weight_decay=0.1),
     train=TrainConfig(max_steps=300, global_batch_size=16, eval_every=100, eval_batch_size=16, metric="loss"),
 )
 
