@@ -150,3 +150,22 @@ def test_a_file_order_for_validation(folders: list[Path]) -> None:
     one = stream(folders[:1], "concat", weights=(1,), shuffle=False)
     places = [(one.place(k).shard, one.place(k).row) for k in range(20)]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_sources_of_16_and_32_bits_mix(packing: Packing, folders: list[Path], tmp_path: Path) -> None:
+    wide = tmp_path / "wide"  # as folders[0], the tokens in 32 bits, as Megatron writes them
+    writer = DatasetWriter(wide, TOKENIZER, shard_bytes=1800)
+    writer.dtype = "uint32"
+    rng = np.random.default_rng(0)
+    for document in range(120):
+        writer.add(np.full(rng.integers(1, 60), document + 1))
+    writer.finish()
+    for isolate in (True, False):
+        mixed, narrow = (
+            stream(some, packing, weights=(5, 3), isolate=isolate) for some in ([wide, folders[1]], folders[:2])
+        )
+        assert [source.manifest.dtype for source in mixed.sources] == ["uint32", "uint16"]
+        found, wanted = (one.batch(range(7, 60), document_ids=True) for one in (mixed, narrow))
+        assert {int(token) // 1000 for token in np.unique(wanted["input_ids"])} == {0, 1}
+        assert digest(found) == digest(wanted)

@@ -21,7 +21,7 @@ from trainer.data.stream.order import key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION
 from trainer.data.stream.remote import RemoteDataset
 from trainer.data.stream.segment import NOTHING, Cut, Segment
-from trainer.data.stream.shards import hash_bytes
+from trainer.data.stream.shards import dtype_for, hash_bytes
 from trainer.data.stream.source import Place, Source, StreamSettings
 from trainer.errors import DataError
 
@@ -58,8 +58,11 @@ class Stream:
         self.stages = tuple(stages or [Stage(0, tokens)])
         self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32))
         self._segments: dict[int, Segment] = {}
-        ramp = np.arange(settings.sequence_length)
-        self._ramps = [ramp[:size] for size in range(settings.sequence_length + 1)]
+        self._dtype = np.dtype(max(source.manifest.dtype for source in self.sources)).newbyteorder("<")
+        self._position_dtype = np.dtype(dtype_for(settings.sequence_length))
+        ramp = np.arange(settings.sequence_length, dtype=self._position_dtype).view(np.uint8).data
+        edges = range(0, len(ramp) + 1, self._position_dtype.itemsize)
+        self._ramps = [ramp[:edge] for edge in edges]  # bytes of 0 to n - 1 for every n
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -89,9 +92,9 @@ class Stream:
                 mine = sources == source
                 found[1:, mine] = self.sources[source].places(ks[mine])
             allowed = int(np.argmin(np.append(found[1], -1)))
-            segment = self._segments[number] = Segment(
-                found[:, :allowed], self.sources, self._ramps, isolate=self.settings.isolate
-            )
+            length, isolate = self.settings.sequence_length, self.settings.isolate
+            segment = Segment(found[:, :allowed], self.sources, length, self._dtype, isolate=isolate)
+            self._segments[number] = segment
             while len(self._segments) > KEPT_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return segment
@@ -104,24 +107,24 @@ class Stream:
         """
         shape, isolate = (len(samples), self.settings.sequence_length), self.settings.isolate
         cut = self._cut(samples)
-        if not isolate and not document_ids and min(cut.held, default=0) == shape[1]:
-            return plain_batch(cut, shape)
-        # Two arrays of one size lie 16 bytes apart modulo a page, where a copy shifted by one token takes 10 times as long (4K aliasing).
-        flat_labels = np.empty(shape[0] * shape[1] + 64, np.int64)[64:]
-        ids, labels = np.empty(shape, np.int64), flat_labels.reshape(shape)
-        if cut.tokens:
-            np.concatenate(cut.tokens, out=ids.reshape(-1))
-        flat_labels[:-1] = ids.reshape(-1)[1:]
-        labels[:, -1] = IGNORED
+        tokens = np.frombuffer(b"".join(cut.tokens), self._dtype)
+        is_full = min(cut.held, default=0) == shape[1]
+        if is_full and not isolate and not document_ids:
+            return plain_batch(tokens.reshape(shape), cut.held)
+        ids, flat_labels = tokens.astype(np.int64).reshape(shape), np.empty(len(tokens), np.int64)
+        labels = flat_labels.reshape(shape)
+        flat_labels[:-1] = tokens[1:]
         batch = {"input_ids": ids, "labels": labels, "num_tokens": np.array(cut.held, np.int64)}
         if isolate:
             flat_labels[cut.lasts] = IGNORED
-            batch["position_ids"] = np.empty(shape, np.int64)
-            if cut.tokens:
-                np.concatenate(cut.positions, out=batch["position_ids"].reshape(-1))
-        for b, count in enumerate(cut.held):
-            if count < shape[1]:
-                labels[b, count - 1 :] = IGNORED
+            ramps = self._ramps
+            positions = np.frombuffer(b"".join([ramps[size] for size in cut.sizes]), self._position_dtype)
+            batch["position_ids"] = positions.astype(np.int64).reshape(shape)
+        else:
+            labels[:, -1] = IGNORED
+        if not is_full:
+            for row, count in zip(labels, cut.held, strict=True):
+                row[count - 1 :] = IGNORED
         return batch | {"document_ids": cut.document_ids(shape)} if document_ids else batch
 
     def _cut(self, samples: Sequence[int]) -> Cut:
@@ -191,12 +194,9 @@ class Stream:
         return int(state["samples"])
 
 
-def plain_batch(cut: Cut, shape: tuple[int, int]) -> Batch:
-    """Full rows whose documents see each other: input_ids and labels are two views of the same numbers."""
-    rows = np.empty((shape[0], shape[1] + 1), np.int64)
-    rows[:, shape[1]] = IGNORED
-    if len(cut.tokens) == shape[0] > 0:
-        np.concatenate([piece[None] for piece in cut.tokens], out=rows[:, :-1])
-    elif cut.tokens:
-        rows[:, :-1] = np.concatenate(cut.tokens).reshape(shape)
-    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "num_tokens": np.array(cut.held, np.int64)}
+def plain_batch(tokens: NDArray[Any], held: list[int]) -> Batch:
+    """Full rows, (B, T), whose documents see each other: input_ids and labels are two views of the same numbers."""
+    rows = np.empty((len(tokens), tokens.shape[1] + 1), np.int64)
+    rows[:, :-1] = tokens
+    rows[:, -1] = IGNORED
+    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "num_tokens": np.array(held, np.int64)}

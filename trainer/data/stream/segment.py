@@ -1,7 +1,8 @@
 """Consecutive samples of a stream, worked out together: where each lies, and the pieces of documents that it is made of.
 
-One sample at a time Python would cost more than the tokens do. Views into the shards are made once for a segment, and a batch takes its
-slice of them. Local to the process.
+One sample at a time Python would cost more than the tokens do: where each piece begins and ends is worked out once for a segment. A batch
+joins its pieces as bytes and widens the whole, in half the time of np.concatenate, which casts piece by piece. No views are kept:
+thousands of them set off the garbage collector, whose walk over a process with torch takes 30 ms. Local to the process.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,10 @@ NOTHING: Ints = np.zeros(0, np.int64)
 class Cut:
     """What some rows are made of, laid end to end; padding is a piece of zeros."""
 
-    tokens: list[NDArray[Any]]
-    """Of each piece."""
-    positions: list[Ints]
-    """Of each piece: from 0 on; none where documents see each other."""
+    tokens: list[memoryview]
+    """Of each piece, in the segment's type."""
+    sizes: list[int]
+    """Of each piece, in tokens."""
     lasts: Ints
     """Place of each piece's last token, counted from the first row on; none where documents see each other."""
     held: list[int]
@@ -37,11 +38,11 @@ class Cut:
         if not before.tokens:
             return self
         lasts = np.concatenate([before.lasts, self.lasts + place])
-        return Cut(before.tokens + self.tokens, before.positions + self.positions, lasts, before.held + self.held)
+        return Cut(before.tokens + self.tokens, before.sizes + self.sizes, lasts, before.held + self.held)
 
     def document_ids(self, shape: tuple[int, int]) -> Ints:
         """(B, T) the piece that each token belongs to, counted in its row; -1 in padding."""
-        numbers = np.repeat(np.arange(len(self.tokens)), [len(piece) for piece in self.tokens]).reshape(shape)
+        numbers = np.repeat(np.arange(len(self.sizes)), self.sizes).reshape(shape)
         numbers -= numbers[:, :1]
         numbers[np.arange(shape[1]) >= np.array(self.held)[:, None]] = -1
         return numbers
@@ -50,28 +51,36 @@ class Cut:
 class Segment:
     """Some consecutive samples of all sources."""
 
-    def __init__(self, places: Ints, sources: Sequence[Source], ramps: list[Ints], *, isolate: bool) -> None:
-        """places: (4, N) source, epoch, shard and row of each. ramps: 0 to n - 1 for every n up to a row's length."""
-        self.places, self.sources, self.ramps, self.isolate = places, sources, ramps, isolate
+    def __init__(
+        self, places: Ints, sources: Sequence[Source], length: int, dtype: np.dtype[Any], *, isolate: bool
+    ) -> None:
+        """places: (4, N) source, epoch, shard and row of each. length: tokens of a row. dtype: of tokens."""
+        self.places, self.sources, self.length, self.dtype, self.isolate = places, sources, length, dtype, isolate
         self.num_samples = places.shape[1]
-        self.length = len(ramps) - 1
 
     def cut(self, first: int, last: int) -> Cut:
         """Samples first to last - 1, verified. DataError for tokens that were changed."""
         start, end = self.bounds[first], self.bounds[last]
         if self.unverified:
             self.verify(start, end)
-        if not self.isolate:
-            return Cut(self.tokens[start:end], [], NOTHING, self.held[first:last])
-        lasts = self.lasts[start:end] - first * self.length
-        return Cut(self.tokens[start:end], self.positions[start:end], lasts, self.held[first:last])
+        lasts = self.lasts[start:end] - first * self.length if self.isolate else NOTHING
+        return Cut(self.tokens(start, end), self.sizes[start:end], lasts, self.held[first:last])
+
+    def tokens(self, start: int, end: int) -> list[memoryview]:
+        """Of pieces start to end - 1, in `dtype`, to which a shard of a narrower type is widened."""
+        ranges = zip(self.memories[start:end], self.begins[start:end], self.ends[start:end], strict=True)
+        pieces = [memory[begin:last] for memory, begin, last in ranges]
+        if not self.is_narrow:
+            return pieces
+        flags = self.is_narrow[start:end]
+        return [widened(piece, self.dtype) if flag else piece for piece, flag in zip(pieces, flags, strict=True)]
 
     def verify(self, start: int, end: int) -> None:
         """Let the blocks that pieces start to end - 1 lie in be verified."""
-        for piece in range(start, end):
-            reader = self.readers[piece]
-            if reader is not None:
-                reader.verify_tokens(self.starts[piece], len(self.tokens[piece]))
+        opened = [reader for _, reader, _, _ in self.opened]
+        for piece, group in enumerate(self._pieces[0][start:end].tolist(), start):
+            if group >= 0:
+                opened[group].verify(self.begins[piece], self.ends[piece])
         self.unverified = [reader for reader in self.unverified if reader.num_unverified]
 
     @cached_property
@@ -114,29 +123,49 @@ class Segment:
         return [0, *np.cumsum(self._pieces[3]).tolist()]
 
     @cached_property
-    def starts(self) -> list[int]:
-        """First token of every piece in its shard."""
-        found: list[int] = self._pieces[1].tolist()
+    def _widths(self) -> Ints:
+        """Bytes of a token in every piece."""
+        widths = [*(reader.dtype.itemsize for _, reader, _, _ in self.opened), self.dtype.itemsize]
+        return np.array(widths)[self._pieces[0]]
+
+    @cached_property
+    def memories(self) -> list[memoryview]:
+        """The file that every piece lies in, or zeros."""
+        files = [
+            *(reader.bytes.data for _, reader, _, _ in self.opened),
+            memoryview(bytes(self.length * self.dtype.itemsize)),
+        ]
+        return [files[group] for group in self._pieces[0].tolist()]
+
+    @cached_property
+    def _begins(self) -> Ints:
+        offsets = np.array([*(reader.shard.data_offset for _, reader, _, _ in self.opened), 0])
+        begins: Ints = offsets[self._pieces[0]] + self._pieces[1] * self._widths
+        return begins
+
+    @cached_property
+    def begins(self) -> list[int]:
+        """First byte of every piece in its file."""
+        found: list[int] = self._begins.tolist()
         return found
 
     @cached_property
-    def readers(self) -> list[ShardReader | None]:
-        """Of every piece; None for padding."""
-        opened = [reader for _, reader, _, _ in self.opened]
-        return [opened[group] if group >= 0 else None for group in self._pieces[0].tolist()]
+    def ends(self) -> list[int]:
+        """End of every piece in its file, in bytes."""
+        found: list[int] = (self._begins + self._pieces[2] * self._widths).tolist()
+        return found
 
     @cached_property
-    def tokens(self) -> list[NDArray[Any]]:
-        """Views of every piece's tokens."""
-        arrays = [*(reader.array for _, reader, _, _ in self.opened), np.zeros(self.length, np.uint16)]
-        group, start, size, _ = self._pieces
-        pieces = zip(group.tolist(), start.tolist(), (start + size).tolist(), strict=True)
-        return [arrays[which][begin:end] for which, begin, end in pieces]
+    def is_narrow(self) -> list[bool]:
+        """Of every piece, whether its tokens take less than `dtype`; nothing where none does."""
+        narrow = self._widths < self.dtype.itemsize
+        return narrow.tolist() if narrow.any() else []
 
     @cached_property
-    def positions(self) -> list[Ints]:
-        """0 to n - 1 for every piece of n tokens."""
-        return [self.ramps[size] for size in self._pieces[2].tolist()]
+    def sizes(self) -> list[int]:
+        """Tokens of every piece."""
+        found: list[int] = self._pieces[2].tolist()
+        return found
 
     @cached_property
     def lasts(self) -> Ints:
@@ -152,3 +181,8 @@ class Segment:
             np.bincount(sample, np.where(group >= 0, size, 0), self.num_samples).astype(np.int64).tolist()
         )
         return found
+
+
+def widened(piece: memoryview, dtype: np.dtype[Any]) -> memoryview:
+    """uint16 tokens as `dtype`."""
+    return np.frombuffer(piece, "<u2").astype(dtype).view(np.uint8).data
