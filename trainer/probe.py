@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.data.batches import IGNORED
+from trainer.data.batches import GOLDEN_GAMMA, IGNORED, mix_words
 from trainer.task import Task
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
-HIDDEN_EVERY = 4  # sample ids divisible by this lose their label
+HIDDEN_EVERY = 4  # one sample of this many loses its labels
 
 
 @dataclass(frozen=True)
 class PartlyUnlabelled:
-    """A task whose ranks hold unequal numbers of targets: every sample whose id is divisible by HIDDEN_EVERY has none."""
+    """A task whose ranks hold unequal numbers of targets: those of `is_hidden` have none."""
 
     inner: Task
 
@@ -38,8 +38,13 @@ class PartlyUnlabelled:
         """The inner batch with labels hidden."""
         batch = self.inner.training_batch(ids)
         if len(ids):
-            batch["labels"][torch.from_numpy(ids % HIDDEN_EVERY == 0)] = IGNORED
+            batch["labels"][torch.from_numpy(is_hidden(ids))] = IGNORED
         return batch
+
+
+def is_hidden(ids: np.ndarray) -> np.ndarray:
+    """Which samples lose their labels, bool, by a hash of their ids: of ids that follow each other no two shares need be alike."""
+    return mix_words(ids.astype(np.uint64) + GOLDEN_GAMMA) % np.uint64(HIDDEN_EVERY) == 0
 
 
 def record_probe(trainer: "Trainer") -> None:
@@ -86,18 +91,23 @@ def snapshot(tensors: Any) -> dict[str, Tensor]:
 
 def describe(trainer: "Trainer", steps: list[dict[str, Any]], before: dict[str, Tensor]) -> dict[str, Any]:
     """The record without its tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(before):
-        digest.update(name.encode() + before[name].numpy().tobytes())
     engine = trainer.engine
     return {
         "backend": engine.backend,
         "world_size": engine.world_size,
         "precision": engine.precision,
         "method": trainer.config.method.name,
-        "weights_before": digest.hexdigest(),
+        "weights_before": digest_of(before),
         "steps": steps,
     }
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """sha256 of the names and values; -0.0 counts as 0.0, as ZeRO gathers weights by a sum, which makes it so."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + (tensors[name] + 0.0).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_record(

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from trainer.config import (
 )
 from trainer.loop import Trainer
 from trainer.model.load import build_model
-from trainer.probe import HIDDEN_EVERY
+from trainer.probe import digest_of, is_hidden
 from trainer.task import build_task
 
 BATCH = 24
@@ -108,9 +109,7 @@ def mean_of_means(trainer: Trainer, plain: torch.nn.Module) -> None:
 
     def local_mean(batch: dict[str, Any]) -> torch.Tensor:
         own = max(int((batch["labels"] != -100).sum()), 1)
-        of_all = int(
-            (trainer.global_batch(trainer.progress.step) % HIDDEN_EVERY != 0).sum()
-        )  # undoes the loop's own division
+        of_all = int((~is_hidden(trainer.global_batch(trainer.progress.step))).sum())  # undoes the loop's own division
         return loss_sum(batch) / own * of_all / shares
 
     trainer.loss_sum = local_mean
@@ -209,6 +208,19 @@ def test_learning_rate_does_not_depend_on_the_number_of_processes(root: Path, re
 def test_ranks_hold_unequal_numbers_of_targets(root: Path) -> None:
     found = measure(root, "ddp", 2, "targets", [None])[0]
     assert any(len(set(step["targets_per_rank"])) > 1 for step in found.facts["steps"])
+
+
+def test_a_quarter_of_the_labels_is_hidden_and_shares_of_ids_in_a_row_differ() -> None:
+    hidden = is_hidden(np.arange(16_000))
+    assert hidden.mean() == pytest.approx(0.25, abs=0.01)
+    per_share = hidden.reshape(-1, 2, 16).sum(axis=2)  # two ranks of 16 rows each, as packed rows in order
+    assert (per_share[:, 0] != per_share[:, 1]).mean() > 0.7
+
+
+def test_weights_digest_tells_values_apart_but_not_the_sign_of_zero() -> None:
+    assert digest_of({"a": torch.tensor([0.0, 1.0])}) == digest_of({"a": torch.tensor([-0.0, 1.0])})
+    assert digest_of({"a": torch.tensor([0.0, 1.0])}) != digest_of({"a": torch.tensor([1e-38, 1.0])})
+    assert digest_of({"a": torch.tensor([0.0])}) != digest_of({"b": torch.tensor([0.0])})
 
 
 def test_a_different_start_or_a_missing_tensor_is_no_parity(reference: Record) -> None:

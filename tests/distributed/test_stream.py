@@ -218,4 +218,4 @@ def test_parity_records_the_same_steps_with_unequal_targets(root: Path, tmp_path
             assert one["sample_ids"] == two["sample_ids"]
             assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
-            assert len(set(one["targets_per_rank"])) == 2
+        assert any(len(set(step["targets_per_rank"])) == 2 for step in records[backend])
