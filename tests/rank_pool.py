@@ -67,18 +67,20 @@ def run_ranks(
     env = BACKEND_ENV[backend] | {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": "1"} | (environ or {})
     port = free_port()
     ranks = []
-    for rank in range(world_size):
-        place = {} if backend == "single" else rank_env(rank, world_size, port)
-        process = context.Process(target=_rank, args=(body, args, rank, env | place, results))
-        process.start()
-        ranks.append(process)
-    try:
-        outcomes = _collect(results, ranks, timeout_s)
-    finally:
-        for process in ranks:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+    with tempfile.TemporaryDirectory(prefix="samestep-ranks-") as logs:
+        for rank in range(world_size):
+            place = {} if backend == "single" else rank_env(rank, world_size, port)
+            process = context.Process(target=_rank, args=(body, args, rank, env | place, results, log_of(logs, rank)))
+            process.start()
+            ranks.append(process)
+        try:
+            outcomes = _collect(results, ranks, timeout_s, logs)
+        finally:
+            for process in ranks:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
     errors = [f"rank {rank} of {world_size} ({backend}) failed:\n{error}" for rank, _, error in outcomes if error]
     if errors:
         raise AssertionError("\n".join(errors))
@@ -104,26 +106,37 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank(body: Callable[..., Any], args: tuple[Any, ...], rank: int, env: dict[str, str], results: Any) -> None:
+def log_of(logs: str, rank: int) -> Path:
+    """What a rank prints: library chatter, kept out of pytest's output, and the only witness of a rank that died."""
+    return Path(logs) / f"rank-{rank}.log"
+
+
+def last_words(logs: str, rank: int) -> str:
+    """The end of its log."""
+    log = log_of(logs, rank)
+    return log.read_text(errors="replace")[-2000:] if log.exists() else ""
+
+
+def _rank(
+    body: Callable[..., Any], args: tuple[Any, ...], rank: int, env: dict[str, str], results: Any, log: Path
+) -> None:
     os.environ.update(env)
     import torch
 
     torch.set_num_threads(1)
-    log = Path(tempfile.gettempdir()) / f"samestep-rank-{os.getpid()}.log"
-    with log.open("w") as sink:  # library chatter; kept out of pytest's output
+    with log.open("w") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
         try:
             results.put((rank, body(*args), None))
         except BaseException:  # every failure reaches the test, with its rank
             results.put((rank, None, traceback.format_exc()))
-    log.unlink(missing_ok=True)
     results.close()
     results.join_thread()
     os._exit(0)  # no interpreter teardown: gloo threads of other ranks may still be talking
 
 
-def _collect(results: Any, ranks: list[Any], timeout_s: float) -> list[tuple[int, Any, str | None]]:
+def _collect(results: Any, ranks: list[Any], timeout_s: float, logs: str) -> list[tuple[int, Any, str | None]]:
     """One outcome per rank; once one rank has failed the others get a few seconds, since they may wait for it forever."""
     outcomes: list[tuple[int, Any, str | None]] = []
     deadline = time.monotonic() + timeout_s
@@ -138,7 +151,9 @@ def _collect(results: Any, ranks: list[Any], timeout_s: float) -> list[tuple[int
             ]
             if dead or time.monotonic() > deadline:
                 missing = sorted(set(range(len(ranks))) - {o[0] for o in outcomes})
-                outcomes.extend((rank, None, "no result: died or timed out") for rank in missing)
+                outcomes.extend(
+                    (rank, None, f"no result: died or timed out\n{last_words(logs, rank)}") for rank in missing
+                )
             continue
         outcomes.append(outcome)
         if outcome[2]:

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from trainer.data.batches import IGNORED
 from trainer.data.objectives.permutation import Permutation
 from trainer.data.objectives.rows import Rows, Vocabulary
+from trainer.loss import token_losses
 from trainer.task.objective import permutation_inputs
 
 PAD, START, END, FIRST, SIZE, LENGTH = 0, 1, 2, 3, 300, 128
@@ -83,3 +85,23 @@ def test_targets_name_the_predicted_tokens_and_the_mapping_points_at_them() -> N
     assert (batch["input_ids"][:, 90] == END).all() and (batch["input_ids"][:, 91] == START).all()
     assert inputs["attention_mask"].sum(dim=1).tolist() == [92] * 10
     assert (batch["order"][:, 90:] == -1).all()
+
+
+def test_a_row_s_losses_do_not_depend_on_the_rows_beside_it() -> None:
+    """Some rows predict their first token and have fewer targets than others."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=SIZE, **sizes, initializer_range=0.3)).eval()
+    whole = rows(40)
+    losses = losses_of(model, whole)
+    counts = (objective().batch(whole)["labels"] != IGNORED).sum(axis=1)
+    assert any(objective().batch(whole)["order"][counts < counts.max(), 0] >= 0)
+    for row in range(40):
+        alone = losses_of(model, Rows(whole.ids[[row]], whole.held[[row]], whole.samples[[row]]))[0]
+        assert torch.allclose(alone, losses[row, : counts[row]], atol=1e-4)
+
+
+def losses_of(model: XLNetLMHeadModel, given: Rows) -> torch.Tensor:
+    batch = {name: torch.from_numpy(array) for name, array in objective().batch(given).items()}
+    with torch.no_grad():
+        return token_losses(model(**permutation_inputs(batch)).logits, batch["labels"])

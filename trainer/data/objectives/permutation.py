@@ -64,8 +64,8 @@ class Permutation:
 
 
 def targets_of(chosen: NDArray[np.bool_], ids: Ids) -> tuple[Ids, Ids]:
-    """(B, P) positions of the predicted tokens, 0 behind the last; (B, P) the tokens, -100 behind."""
+    """(B, P) positions of the predicted tokens, -1 behind the last; (B, P) the tokens, -100 behind."""
     counts = chosen.sum(axis=1)
     places = np.argsort(~chosen, axis=1, kind="stable")[:, : max(int(counts.max(initial=0)), 1)]
     exists = np.arange(places.shape[1]) < counts[:, None]
-    return np.where(exists, places, 0), np.where(exists, np.take_along_axis(ids, places, axis=1), IGNORED)
+    return np.where(exists, places, -1), np.where(exists, np.take_along_axis(ids, places, axis=1), IGNORED)
