@@ -1,11 +1,16 @@
-"""`samestep parity`: what it plans, how it judges, and one real run of it."""
+"""`samestep parity`: what it plans, how it judges, and the recipes' own steps on several processes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.parity import Variant, global_batch_override, largest_relative, plan_variants, relative_distance
 from trainer.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_reference_comes_first_and_single_runs_on_one_process() -> None:
@@ -39,3 +44,30 @@ def test_distances_are_relative_to_the_reference() -> None:
 def test_variant_label_names_backend_processes_split_and_precision() -> None:
     assert Variant("zero3", 2, 4, 4, "bf16").label == "zero3 x2 4x4 bf16"
     assert Path(Variant("zero3", 2).label.replace(" ", "_")).name == "zero3_x2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "backend", "overrides"),
+    [
+        ("lora_sst2", "zero3", []),
+        ("pretrain_clm", "zero2", []),
+        ("pretrain_mlm", "fsdp", ["data.objective=mlm_nsp", "model.task=mlm_pairs"]),
+        ("pretrain_t5", "fsdp", []),
+        ("pretrain_bart", "zero2", []),
+        ("pretrain_xlnet", "ddp", []),
+        ("qa", "fsdp", []),
+        ("ner", "zero2", []),
+    ],
+)
+def test_recipes_take_the_same_steps_on_two_processes(recipe: str, backend: str, overrides: list[str]) -> None:
+    argv = ["parity", f"recipes/{recipe}.py", "--backends", backend, "--processes", "2", *overrides]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *argv],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parity: every variant takes the same steps" in done.stdout
