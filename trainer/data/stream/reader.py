@@ -21,7 +21,7 @@ from trainer.data.stream.order import key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION
 from trainer.data.stream.remote import RemoteDataset
 from trainer.data.stream.segment import NOTHING, Cut, Segment
-from trainer.data.stream.shards import dtype_for, hash_bytes
+from trainer.data.stream.shards import hash_bytes
 from trainer.data.stream.source import Place, Source, StreamSettings
 from trainer.errors import DataError
 
@@ -59,10 +59,8 @@ class Stream:
         self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32))
         self._segments: dict[int, Segment] = {}
         self._dtype = np.dtype(max(source.manifest.dtype for source in self.sources)).newbyteorder("<")
-        self._position_dtype = np.dtype(dtype_for(settings.sequence_length))
-        ramp = np.arange(settings.sequence_length, dtype=self._position_dtype).view(np.uint8).data
-        edges = range(0, len(ramp) + 1, self._position_dtype.itemsize)
-        self._ramps = [ramp[:edge] for edge in edges]  # bytes of 0 to n - 1 for every n
+        ramp = np.arange(settings.sequence_length, dtype=np.int64).view(np.uint8).data
+        self._ramps = [ramp[:edge] for edge in range(0, len(ramp) + 1, 8)]  # bytes of 0 to n - 1 for every n
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -111,15 +109,16 @@ class Stream:
         is_full = min(cut.held, default=0) == shape[1]
         if is_full and not isolate and not document_ids:
             return plain_batch(tokens.reshape(shape), cut.held)
-        ids, flat_labels = tokens.astype(np.int64).reshape(shape), np.empty(len(tokens), np.int64)
+        ids = tokens.astype(np.int64)
+        flat_labels = np.empty_like(ids)
+        flat_labels[:-1] = ids[1:]  # a copy costs half of another widening
         labels = flat_labels.reshape(shape)
-        flat_labels[:-1] = tokens[1:]
-        batch = {"input_ids": ids, "labels": labels, "num_tokens": np.array(cut.held, np.int64)}
+        batch = {"input_ids": ids.reshape(shape), "labels": labels, "num_tokens": np.array(cut.held, np.int64)}
         if isolate:
             flat_labels[cut.lasts] = IGNORED
             ramps = self._ramps
-            positions = np.frombuffer(b"".join([ramps[size] for size in cut.sizes]), self._position_dtype)
-            batch["position_ids"] = positions.astype(np.int64).reshape(shape)
+            positions = bytearray().join([ramps[size] for size in cut.sizes])  # writable, unlike bytes
+            batch["position_ids"] = np.frombuffer(positions, np.int64).reshape(shape)
         else:
             labels[:, -1] = IGNORED
         if not is_full:

@@ -6,9 +6,8 @@ thousands of them set off the garbage collector, whose walk over a process with 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,7 @@ Ints = NDArray[np.int64]
 NOTHING: Ints = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """What some rows are made of, laid end to end; padding is a piece of zeros."""
 
     tokens: list[memoryview]
@@ -100,8 +98,8 @@ class Segment:
         return [reader for _, reader, _, _ in self.opened if reader.num_unverified]
 
     @cached_property
-    def _pieces(self) -> tuple[Ints, Ints, Ints, Ints]:
-        """(shard, start, size) of every piece in the order of samples, shard -1 for padding; and how many pieces each sample has."""
+    def _pieces(self) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """(shard, start, size) of every piece in the order of samples, shard -1 for padding; of each sample: its pieces and its padding."""
         parts: list[tuple[Ints, ...]] = []
         for number, (mine, _, source, shard) in enumerate(self.opened):
             samples, starts, sizes = source.pieces(shard, self.places[3, mine])
@@ -115,7 +113,7 @@ class Segment:
         size = np.concatenate([size, padding[padded]])
         order = np.argsort(sample, kind="stable")
         counts = np.bincount(sample, minlength=self.num_samples)
-        return group[order], start[order], size[order], counts
+        return group[order], start[order], size[order], counts, padding
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -135,7 +133,10 @@ class Segment:
             *(reader.bytes.data for _, reader, _, _ in self.opened),
             memoryview(bytes(self.length * self.dtype.itemsize)),
         ]
-        return [files[group] for group in self._pieces[0].tolist()]
+        of_group = np.empty(len(files), object)
+        of_group[:] = files
+        found: list[memoryview] = of_group[self._pieces[0]].tolist()
+        return found
 
     @cached_property
     def _begins(self) -> Ints:
@@ -175,11 +176,7 @@ class Segment:
     @cached_property
     def held(self) -> list[int]:
         """Tokens of every sample that are no padding."""
-        group, _, size, counts = self._pieces
-        sample = np.repeat(np.arange(self.num_samples), counts)
-        found: list[int] = (
-            np.bincount(sample, np.where(group >= 0, size, 0), self.num_samples).astype(np.int64).tolist()
-        )
+        found: list[int] = (self.length - self._pieces[4]).tolist()
         return found
 
 
