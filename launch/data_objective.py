@@ -89,7 +89,8 @@ def completed(config: RunConfig, streams: Streams) -> "tuple[PreTrainedTokenizer
 
     tokenizer = cast(Any, PreTrainedTokenizerFast)(tokenizer_file=str(streams.tokenizer_file))
     complete(tokenizer, EVERY_ROLE)
-    return tokenizer, vocabulary_of(tokenizer, EVERY_ROLE, objective="", source=config.model.source)
+    eos, source = streams.train.tokenizer.eos, config.model.source
+    return tokenizer, vocabulary_of(tokenizer, EVERY_ROLE, objective="", source=source, separator=eos)
 
 
 def token_text(tokenizer: "PreTrainedTokenizerBase") -> Callable[[int], str]:

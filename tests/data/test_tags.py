@@ -73,6 +73,26 @@ def test_broken_tags_and_columns_are_refused_with_their_line(tmp_path: Path, lin
         read(file)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"word_column": 5}, r"data.word_column \(5\): .*data.conll:1 has 2 columns, 0 to 1; name one of them"),
+        ({"tag_column": -3}, r"data.tag_column \(-3\): .* has 2 columns"),
+        ({"tag_column": 0}, r"data.tag_column \(0\) is the column of the words at .*data.conll:1"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(tmp_path: Path, settings: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(conll(tmp_path / "data.conll", [GOOD]), **settings)
+
+
+def test_the_setting_that_names_a_broken_file_is_named(tmp_path: Path) -> None:
+    good = conll(tmp_path / "data.conll", [GOOD] * 10)
+    broken = conll(tmp_path / "held-out.conll", [[("Ada", "")]])
+    with pytest.raises(DataError, match=r"data.validation \(.*held-out.conll\): 1 mistakes"):
+        read(good, validation=str(broken))
+
+
 def test_all_mistakes_are_counted_and_the_first_shown(tmp_path: Path) -> None:
     file = tmp_path / "data.conll"
     file.write_text("a I-X\n\n" * 9)

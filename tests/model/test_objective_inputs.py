@@ -21,6 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(folder / "llama")
     tiny_bert(folder / "bert")
     T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(folder / "t5")
+    XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16).save_pretrained(folder / "xlnet")
     tiny_tokens(folder / "tokens", 60)
     return folder
 
@@ -73,6 +74,27 @@ def test_what_a_model_cannot_do_is_refused_with_the_fix(
     assert re.search(words, problems(root, model, objective, **settings)), problems(root, model, objective, **settings)
 
 
+@pytest.mark.parametrize(
+    ("model", "objective", "length", "enough"),
+    [("bert", "mlm", 3, 4), ("bert", "mlm_nsp", 4, 5), ("t5", "span_corruption", 2, 3), ("xlnet", "plm", 2, 4)],
+)
+def test_rows_too_short_for_any_text_are_refused(
+    root: Path, model: str, objective: str, length: int, enough: int
+) -> None:
+    found = problems(root, model, objective, sequence_length=length, packing="concat")
+    assert re.search(rf"data.sequence_length \({length}\) leaves .* set it to {enough} or more", found), found
+    assert "leaves" not in problems(root, model, objective, sequence_length=enough, packing="concat")
+
+
+def test_the_token_between_documents_is_special_by_any_name(root: Path) -> None:
+    from trainer.model.vocabulary import objective_vocabulary
+
+    file, data = root / "tokens" / "tokenizer.json", StreamData(objective="mlm", isolate=False)
+    model = ModelConfig(source=str(root / "bert"), task="mlm", init="random")
+    plain, known = (objective_vocabulary(model, data, file, eos)[2] for eos in (None, 17))
+    assert known.is_special[17] and known.ends_sentence[17] and not plain.is_special[17]
+
+
 def test_what_fits_is_not_refused(root: Path) -> None:
     assert problems(root, "bert", "mlm") == problems(root, "t5", "span_corruption") == ""
 
@@ -91,9 +113,9 @@ def test_a_pretrained_model_without_the_special_token_is_refused(root: Path, tmp
     with pytest.raises(
         ConfigError, match=r"data.objective .mlm. needs a start token and a mask token, .* has none; take a model"
     ):
-        objective_vocabulary(model, StreamData(objective="mlm", isolate=False), file)
+        objective_vocabulary(model, StreamData(objective="mlm", isolate=False), file, None)
     with pytest.raises(ConfigError, match="needs a sentinel token"):
-        objective_vocabulary(model, StreamData(objective="span_corruption", isolate=False), file)
+        objective_vocabulary(model, StreamData(objective="span_corruption", isolate=False), file, None)
 
 
 @pytest.mark.parametrize(

@@ -76,17 +76,20 @@ def read_named(data: TagData, setting: str, name: str) -> list[Sentence]:
     """The sentences of a source or a named split."""
     path = Path(name).expanduser()
     if name == "asset:stdlib":
-        sentences = read_conll(names_file(), data)
+        sentences = read_conll(names_file(), data, setting)
     elif name.startswith("asset:"):
         raise DataError(f"{setting} ({name}): no such sentences with tags; there is asset:stdlib")
     elif path.suffix.lower() in CONLL:
-        sentences = read_conll(check_path(name, setting), data)
+        sentences = read_conll(check_path(name, setting), data, setting)
     elif path.suffix.lower() in (".jsonl", ".parquet") or os.path.exists(path):
         table = read_file(check_path(name, setting), {"data.words": data.words, "data.tags": data.tags})
         if table.malformed:
             raise DataError(f"{table.place(table.malformed[0].line)}: {table.malformed[0].reason}; correct it")
         sentences = rows_of(
-            table.columns[data.words], table.columns[data.tags], [table.place(line) for line in table.lines], None
+            table.columns[data.words],
+            table.columns[data.tags],
+            [table.place(line) for line in table.lines],
+            setting=setting,
         )
     elif is_hub_id(data.source):
         sentences = read_hub(data, setting, "train" if setting == "data.source" else name)
@@ -102,7 +105,7 @@ def read_named(data: TagData, setting: str, name: str) -> list[Sentence]:
     return sentences
 
 
-def read_conll(file: Path, data: TagData) -> list[Sentence]:
+def read_conll(file: Path, data: TagData, setting: str) -> list[Sentence]:
     """Sentences of a CoNLL file; a line -DOCSTART- begins a document. DataError for lines with other columns than the first."""
     try:
         content = file.read_text(encoding="utf-8-sig")
@@ -115,7 +118,7 @@ def read_conll(file: Path, data: TagData) -> list[Sentence]:
     for number, line in enumerate([*content.split("\n"), ""], start=1):
         cells = line.split("\t") if "\t" in line else line.split()
         if line.strip() and not line.startswith(DOCUMENT):
-            columns = columns or len(cells)
+            columns = columns or checked_columns(len(cells), data, f"{file}:{number}")
             if len(cells) < 2 or len(cells) != columns:
                 problems.append(
                     f"{file}:{number}: {len(cells)} columns, and the first line has {columns}; each line needs word and tag"
@@ -130,14 +133,31 @@ def read_conll(file: Path, data: TagData) -> list[Sentence]:
         if line.startswith(DOCUMENT):
             document, has_documents = document + 1, True
     if problems:
-        raise DataError(listed("data.source", str(file), problems))
+        raise DataError(listed(setting, str(file), problems))
     return sentences
 
 
+def checked_columns(count: int, data: TagData, place: str) -> int:
+    """The columns of a CoNLL file by its first line. DataError where word or tag would be read from none of them, or from the same."""
+    for name, column in (("word_column", data.word_column), ("tag_column", data.tag_column)):
+        if count > 1 and not -count <= column < count:
+            raise DataError(f"data.{name} ({column}): {place} has {count} columns, 0 to {count - 1}; name one of them")
+    if count > 1 and data.word_column % count == data.tag_column % count:
+        raise DataError(
+            f"data.tag_column ({data.tag_column}) is the column of the words at {place}, which has {count}; name another"
+        )
+    return count
+
+
 def rows_of(
-    words: Sequence[object], tags: Sequence[object], places: Sequence[str], names: Sequence[str] | None
+    words: Sequence[object],
+    tags: Sequence[object],
+    places: Sequence[str],
+    *,
+    setting: str,
+    names: Sequence[str] | None = None,
 ) -> list[Sentence]:
-    """Sentences of two columns of lists. names: of class ids."""
+    """Sentences of two columns of lists. setting: that names them. names: of class ids."""
     problems, sentences = [], []
     for number, (one, other, place) in enumerate(zip(words, tags, places, strict=True)):
         if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other) or not one:
@@ -152,7 +172,7 @@ def rows_of(
         named = [names[tag] if names is not None else str(tag) for tag in other]
         sentences.append(Sentence(tuple(map(str, one)), tuple(named), number, (place,) * len(one)))
     if problems:
-        raise DataError(listed("data.source", "its rows", problems))
+        raise DataError(listed(setting, "its rows", problems))
     return sentences
 
 
@@ -164,7 +184,7 @@ def read_hub(data: TagData, setting: str, name: str) -> list[Sentence]:
     check_columns(f"{data.source}[{name}]", dataset.column_names, {"data.words": data.words, "data.tags": data.tags})
     names = getattr(getattr(dataset.features[data.tags], "feature", None), "names", None)
     places = [f"{data.source}[{name}] row {row}" for row in range(1, len(dataset) + 1)]
-    return rows_of(dataset[data.words][:], dataset[data.tags][:], places, names)
+    return rows_of(dataset[data.words][:], dataset[data.tags][:], places, setting=setting, names=names)
 
 
 def bio_problems(sentence: Sentence) -> list[str]:

@@ -14,12 +14,13 @@ from trainer.model.architecture import load_tokenizer
 
 
 def objective_vocabulary(
-    model: ModelConfig, data: StreamData, tokenizer_file: Path
+    model: ModelConfig, data: StreamData, tokenizer_file: Path, eos: int | None
 ) -> tuple[PreTrainedTokenizerBase, list[str], Vocabulary]:
     """The tokenizer, the special tokens that were added to it, and its vocabulary.
 
-    tokenizer_file: of the data. A pretrained model brings its own, a model from scratch takes the data's, completed. ConfigError where
-    the two differ, or a special token that data.objective needs is missing.
+    tokenizer_file, eos: of the data, whose documents end with token `eos`; it is special, whatever it is called. A pretrained model brings
+    its own tokenizer, a model from scratch takes the data's, completed. ConfigError where the two differ, or a special token that
+    data.objective needs is missing.
     """
     roles = OBJECTIVES[data.objective].roles
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
@@ -34,7 +35,8 @@ def objective_vocabulary(
                 f"samestep data tokenize TEXT --tokenizer {model.source}"
             )
         tokenizer = own
-    return tokenizer, added, vocabulary_of(tokenizer, roles, objective=data.objective, source=model.source)
+    vocabulary = vocabulary_of(tokenizer, roles, objective=data.objective, source=model.source, separator=eos)
+    return tokenizer, added, vocabulary
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

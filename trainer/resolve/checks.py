@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ClassificationData, RunConfig
+from trainer.config import ClassificationData, RunConfig, StreamData
 from trainer.config.augment import MODEL_KINDS, TEXT_KINDS, WORD_KINDS, AugmentKind
+from trainer.config.data import ObjectiveName
 from trainer.resolve.merge import Merged
 
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -61,6 +62,17 @@ def _needs_augmentation(setting: str, *kinds: AugmentKind) -> Rule:
     )
 
 
+def _needs_objective(setting: str, *objectives: ObjectiveName) -> Rule:
+    """A setting of token datasets that these objectives alone read."""
+
+    def is_idle(config: RunConfig) -> bool:
+        return isinstance(config.data, StreamData) and config.data.objective not in objectives
+
+    return (f"data.{setting}", "data.objective", is_idle, f"unless data.objective is {' or '.join(objectives)}")
+
+
+OBJECTIVES_WITH_NOISE: tuple[ObjectiveName, ...] = ("mlm", "mlm_nsp", "mlm_sop", "span_corruption", "infilling", "plm")
+
 _IDLE: tuple[Rule, ...] = (
     (
         "data.validation_fraction",
@@ -80,6 +92,9 @@ _IDLE: tuple[Rule, ...] = (
         lambda config: getattr(config.data, "target", None) != "multi",
         "unless data.target=multi",
     ),
+    _needs_objective("noise_fraction", *OBJECTIVES_WITH_NOISE),
+    _needs_objective("mean_span", "span_corruption", "infilling"),
+    _needs_objective("whole_words", "mlm", "mlm_nsp", "mlm_sop"),
     ("data.subset", "data.source", lambda config: not _hub(config), "unless data.source is a hub dataset"),
     (
         "optim.min_lr_fraction",

@@ -41,7 +41,9 @@ def _check_data(config: RunConfig) -> None:
             from trainer.data.objectives import build_objective
             from trainer.model.vocabulary import objective_vocabulary
 
-            _, _, vocabulary = objective_vocabulary(config.model, config.data, streams.tokenizer_file)
+            _, _, vocabulary = objective_vocabulary(
+                config.model, config.data, streams.tokenizer_file, streams.train.tokenizer.eos
+            )
             build_objective(config.data, vocabulary, config.train.seed)
     elif isinstance(config.data, InstructData):
         from trainer.data.conversations import read_conversations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import RunConfig, StreamData
 from trainer.data.batches import IGNORED
-from trainer.data.objectives import OBJECTIVES, Rows, build_objective
+from trainer.data.objectives import OBJECTIVES, Rows, build_objective, is_paired
 from trainer.data.objectives.rows import random_rows
 from trainer.data.stream.open import Streams, open_streams
 from trainer.data.stream.reader import Stream
@@ -37,7 +37,10 @@ class ObjectiveTask(clm.ClmTask):
     def __init__(self, config: RunConfig, streams: Streams) -> None:
         super().__init__(config, streams)
         data = self.settings
-        self.tokenizer, self.added, self.vocabulary = objective_vocabulary(config.model, data, streams.tokenizer_file)
+        self.tokenizer, self.added, self.vocabulary = objective_vocabulary(
+            config.model, data, streams.tokenizer_file, streams.train.tokenizer.eos
+        )
+        self.is_paired = is_paired(data)
         self.vocab_size = self.vocabulary.size
         self.objective = build_objective(data, self.vocabulary, config.train.seed)
         self.held_out = build_objective(data, self.vocabulary, VALIDATION_SEED)
@@ -49,11 +52,6 @@ class ObjectiveTask(clm.ClmTask):
         """Section data."""
         assert isinstance(self.config.data, StreamData)
         return self.config.data
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether pairs of segments are judged too."""
-        return self.settings.objective in ("mlm_nsp", "mlm_sop")
 
     @property
     def special_ids(self) -> Mapping[str, int]:
@@ -77,9 +75,11 @@ class ObjectiveTask(clm.ClmTask):
         return tokenizer_files(self.tokenizer)
 
     def usage(self, folder: Path) -> str:
-        kind = type(self.objective).__name__
-        mask = f"The {self.tokenizer.mask_token} of a function." if kind in ("Mlm", "MlmPairs") else "your text"
-        return f'samestep predict {folder} "{mask}"'
+        if self.settings.objective == "plm":  # finds tokens in any order, which `samestep predict` has no question for
+            call = f"XLNetLMHeadModel.from_pretrained('{folder / 'model'}')"
+            return f'python -c "from transformers import XLNetLMHeadModel; print({call})"'
+        text = f"The {self.tokenizer.mask_token} of a function." if self.vocabulary.mask >= 0 else "your text"
+        return f'samestep predict {folder} "{text}"'
 
     # Batches
 

@@ -1,5 +1,6 @@
 """Span corruption is undone exactly and has T5's lengths; infilling has BART's spans; both by their definitions."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from trainer.data.objectives.denoising import (
     Infilling,
     SpanCorruption,
     corrupted_lengths,
+    lost_spans,
     noise_spans,
     permuted_sentences,
     poisson,
@@ -81,10 +83,28 @@ def test_inputs_and_targets_together_are_the_original(
         assert (batch["decoder_input_ids"][row, 1:count] == batch["labels"][row, : count - 1]).all()
 
 
-def test_lengths_are_those_that_t5_publishes() -> None:
-    """t5.data.preprocessors.random_spans_helper: inputs of 512 are made of 568 tokens and have targets of 114."""
-    assert tokens_for_inputs(512, 0.15, 3.0) == 568
-    assert corrupted_lengths(568, 0.15, 3.0) == (512, 114)
+def published_lengths(inputs_length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
+    """The formula of t5.data.preprocessors.random_spans_helper: (tokens, targets) for inputs of this length."""
+
+    def to_inputs_and_targets(tokens_length: int) -> tuple[int, int]:
+        num_noise_tokens = round(tokens_length * noise_density)
+        num_nonnoise_tokens = tokens_length - num_noise_tokens
+        num_noise_spans = round(num_noise_tokens / mean_span)
+        return num_nonnoise_tokens + num_noise_spans + 1, num_noise_tokens + num_noise_spans + 1
+
+    tokens = inputs_length
+    while to_inputs_and_targets(tokens + 1)[0] <= inputs_length:
+        tokens += 1
+    return tokens, to_inputs_and_targets(tokens)[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(inputs=st.integers(32, 2048), density=st.floats(0.1, 0.4), mean_span=st.floats(2.0, 6.0))
+def test_lengths_are_those_that_t5_publishes(inputs: int, density: float, mean_span: float) -> None:
+    tokens, targets = published_lengths(inputs, density, mean_span)
+    assert tokens_for_inputs(inputs, density, mean_span) == tokens
+    assert corrupted_lengths(tokens, density, mean_span)[1] == targets
+    assert (tokens_for_inputs(512, 0.15, 3.0), corrupted_lengths(568, 0.15, 3.0)) == (568, (512, 114))
 
 
 def test_full_rows_need_no_padding() -> None:
@@ -141,6 +161,15 @@ def test_over_a_million_tokens_spans_are_poisson() -> None:
     assert source.ids.size > 10**6
     assert lost / masks == pytest.approx(3.0, abs=0.05)
     assert lost / source.ids.size == pytest.approx(0.3, abs=0.005)
+    begins, is_lost = lost_spans(source, 5, 0.3, 3.0)
+    ends = np.diff(np.hstack([is_lost, np.zeros((2000, 1), np.bool_)]).astype(np.int8), axis=1) == -1
+    assert (begins & ~is_lost).sum() + ends.sum() == begins.sum()  # spans of no token, and the others
+    row, start = np.nonzero(begins & is_lost)
+    end = np.nonzero(ends)[1] + 1  # in the same order: spans of a row do not touch
+    lengths = np.concatenate([end - start, np.zeros((begins & ~is_lost).sum(), np.int64)])
+    shares = np.bincount(lengths, minlength=20)[:12] / len(lengths)
+    wanted = [3.0**n * math.exp(-3.0) / math.factorial(n) for n in range(12)]
+    assert np.abs(shares - wanted).max() < 0.004 and len(row) == len(end)
 
 
 def test_poisson_numbers_have_the_distribution() -> None:

@@ -147,6 +147,45 @@ def test_half_of_the_pairs_belong_together(swap: bool) -> None:
             assert (first == np.arange(100, 100 + len(first))).all() and (second == 77).all()
 
 
+def one_row(ids: list[int], documents: list[int], other: list[int]) -> Rows:
+    beside = Rows(np.array([other]), np.array([len(other)]), np.array([9]), np.zeros((1, len(other)), np.int64))
+    return Rows(np.array([ids]), np.array([len(ids)]), np.array([0]), np.array([documents]), beside)
+
+
+def segments(rows: Rows, dot: int, swap: bool = False) -> tuple[list[int], list[int], int]:
+    """The two texts of a row, and whether they do not belong together. dot: the token that ends a sentence."""
+    numbers = np.arange(SIZE)
+    words = Vocabulary(SIZE, PAD, CLS, SEP, MASK, np.zeros(0, np.int64), numbers < FIRST, numbers != 99, numbers == dot)
+    batch = MlmPairs(words, LENGTH, 3, fraction=1e-12, whole_words=False, swap=swap).batch(rows)
+    line = batch["input_ids"][0][batch["attention_mask"][0] == 1].tolist()
+    end = line.index(SEP)
+    return line[1:end], line[end + 1 : -1], int(batch["pair_labels"][0])
+
+
+def test_nothing_but_the_text_gives_a_pair_away() -> None:
+    """Segments begin behind sentences, of a document and of another place; separators stay out; both kinds are equally long."""
+    dot, ends = 50, [60, 61, 62, 50, 63, 64, 50, 65, 66, 67, 50, SEP]
+    seen = set()
+    for sample in range(60):
+        given = one_row(ends, [0] * len(ends), [SEP, 70, 71, 50, 72, 73, 74, 75, 50, 76, 77, 78, 79, 80, 81, 50, SEP])
+        given = Rows(given.ids, given.held, np.array([sample]), given.documents, given.others)
+        first, second, is_other = segments(given, dot)
+        assert first[-1] == dot and SEP not in [*first, *second]
+        assert len(first) + len(second) == len(ends) - 1
+        assert second[0] in ({70, 72, 76} if is_other else {63, 65})
+        seen.add((is_other, second[0]))
+    assert len(seen) == 5
+
+
+def test_a_document_of_one_sentence_is_cut_before_a_word() -> None:
+    for sample in range(20):
+        given = one_row([60, 99, 99, 61, 99], [0] * 5, [70, 99, 71, 99, 72, 99])
+        given = Rows(given.ids, given.held, np.array([sample]), given.documents, given.others)
+        first, second, is_other = segments(given, dot=50)
+        assert first == [60, 99, 99]
+        assert (second[0] != 99) if is_other else (second == [61, 99])
+
+
 def test_a_pair_fits_its_row_whatever_the_cut() -> None:
     objective = MlmPairs(vocabulary(), 64, 3, fraction=0.15, whole_words=False, swap=False)
     assert objective.batch(paired(500))["attention_mask"].sum(axis=1).max() == 64

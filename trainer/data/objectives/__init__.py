@@ -5,6 +5,6 @@ orders are a function of (seed, number of the sample) alone, so they are the sam
 """
 
 from trainer.data.objectives.rows import Rows, Vocabulary
-from trainer.data.objectives.table import OBJECTIVES, Objective, build_objective, row_length
+from trainer.data.objectives.table import OBJECTIVES, Objective, build_objective, is_paired, row_length
 
-__all__ = ["OBJECTIVES", "Objective", "Rows", "Vocabulary", "build_objective", "row_length"]
+__all__ = ["OBJECTIVES", "Objective", "Rows", "Vocabulary", "build_objective", "is_paired", "row_length"]

@@ -129,7 +129,7 @@ def corrupted_lengths(length: int, fraction: float, mean_span: float) -> tuple[i
 
 def tokens_for_inputs(inputs: int, fraction: float, mean_span: float) -> int:
     """The most tokens whose corrupted inputs are at most `inputs` long, so that inputs are full: T5's `random_spans_helper`."""
-    length = 2
+    length = 1
     while corrupted_lengths(length + 1, fraction, mean_span)[0] <= inputs:
         length += 1
     return length

@@ -61,7 +61,9 @@ def marks_of(
             ]
         }
     if objective == "clm":
-        found = [Mark(decode(int(t)), "special" if vocabulary.is_special[t] else "target") for t in ids]
+        kinds = np.where(vocabulary.is_special[ids], "special", "target").tolist()
+        kinds[0] = "special" if kinds[0] == "special" else "plain"  # nothing stands before it
+        found = [Mark(decode(int(token)), kind) for token, kind in zip(ids, kinds, strict=True)]
         return {"given; each token is to be found from those before it": found}
     labels = batch["labels"][row]
     return {"given": [masked_mark(int(t), int(labels[p]), vocabulary, decode) for p, t in enumerate(ids)]}

@@ -57,12 +57,13 @@ class MlmPairs:
     def batch(self, rows: Rows) -> Batch:
         """input_ids, token_type_ids, attention_mask, labels (B, T) int64; pair_labels (B,)."""
         assert rows.others is not None
-        words = random_rows(rows.samples, 2, self.seed, PAIRS)
-        changed, cuts = below(words[:, 0], 0.5), uniform(words[:, 1])
+        words = random_rows(rows.samples, 3, self.seed, PAIRS)
+        changed, draws = below(words[:, 0], 0.5), uniform(words[:, 1:])
         ids = np.full((len(rows.ids), self.length), self.vocabulary.pad)
         types, is_token = np.zeros_like(ids), np.zeros(ids.shape, np.bool_)
         for b in range(len(ids)):
-            first, second = self.pair(longest_document(rows, b), longest_document(rows.others, b), cuts[b], changed[b])
+            document, other = (longest_document(side, b, self.vocabulary) for side in (rows, rows.others))
+            first, second = self.pair(document, other, draws[b], changed[b])
             start, end = [self.vocabulary.start], [self.vocabulary.end]
             line = np.concatenate([start, first, end, second, end])
             ids[b, : len(line)], is_token[b, : len(line)] = line, True
@@ -74,14 +75,21 @@ class MlmPairs:
             "pair_labels": changed.astype(np.int64),
         }
 
-    def pair(self, document: Ids, other: Ids, cut: float, changed: bool) -> tuple[Ids, Ids]:
-        """The two segments; together they leave room for three special tokens."""
+    def pair(self, document: Ids, other: Ids, draws: NDArray[np.float64], changed: bool) -> tuple[Ids, Ids]:
+        """The two segments; together they leave room for three special tokens. draws: (2,) numbers in [0, 1).
+
+        A segment of another place begins as one that follows does, and is as long: nothing but what it says gives it away.
+        """
         document = document[: self.length - 3]
-        place = 1 + int(cut * max(len(document) - 1, 1))
+        places = borders(document, self.vocabulary)
+        place = places[int(draws[0] * len(places))]
         first, second = document[:place], document[place:]
-        if not changed:
-            return first, second
-        return (second, first) if self.swap else (first, other[: max(len(second), 1)])
+        if not changed or self.swap:
+            return (second, first) if changed else (first, second)
+        size = max(len(second), 1)
+        begins = [0, *(begin for begin in borders(other, self.vocabulary) if begin <= len(other) - size)]
+        begin = begins[int(draws[1] * len(begins))]
+        return first, other[begin : begin + size]
 
 
 def masked(objective: Mlm | MlmPairs, ids: Ids, is_token: NDArray[np.bool_], samples: Ids) -> Batch:
@@ -115,9 +123,19 @@ def replaced(ids: Ids, chosen: NDArray[np.bool_], words: Words, vocabulary: Voca
     return found
 
 
-def longest_document(rows: Rows, row: int) -> Ids:
-    """The tokens of the document that has most of a row; without the special tokens at its ends."""
+def borders(document: Ids, vocabulary: Vocabulary) -> list[int]:
+    """Where the second of two texts may begin: behind a sentence; before a word where there is but one; anywhere in a word."""
+    after_sentences = np.flatnonzero(vocabulary.ends_sentence[document[:-1]]) + 1
+    before_words = np.flatnonzero(vocabulary.starts_word[document[1:]]) + 1
+    found = next((places.tolist() for places in (after_sentences, before_words) if len(places)), None)
+    return found or list(range(1, max(len(document), 2)))
+
+
+def longest_document(rows: Rows, row: int, vocabulary: Vocabulary) -> Ids:
+    """The tokens of the document that has most of a row, without the special tokens at its ends."""
     assert rows.documents is not None
     documents = rows.documents[row, : rows.held[row]]
     best = int(np.bincount(documents).argmax())
-    return rows.ids[row, : rows.held[row]][documents == best]
+    document = rows.ids[row, : rows.held[row]][documents == best]
+    text = np.flatnonzero(~vocabulary.is_special[document])
+    return document[text[0] : text[-1] + 1] if len(text) else document

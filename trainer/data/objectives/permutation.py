@@ -19,7 +19,7 @@ SPANS, CONTEXTS, ORDER = 21, 22, 23  # keys of the random words
 
 @dataclass(frozen=True)
 class Permutation:
-    """Rows, what is predicted, and in which order; `visible` makes the masks of it, on the model's device."""
+    """Rows, what is predicted, and in which order; trainer/task/objective.py makes the masks of it, on the model's device."""
 
     vocabulary: Vocabulary
     length: int

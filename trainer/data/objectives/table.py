@@ -101,14 +101,31 @@ FRACTIONS = {"span_corruption": 0.15, "infilling": 0.3, "plm": 1 / 6}
 """Where data.noise_fraction is none; masks take 0.15."""
 
 
+SHORTEST = 2
+"""Tokens of text in a row, at least."""
+
+
+def is_paired(data: StreamData) -> bool:
+    """Whether pairs of texts of one document are judged too."""
+    return data.objective in ("mlm_nsp", "mlm_sop")
+
+
 def fraction_of(data: StreamData) -> float:
     """The share of the tokens that is to be found."""
     return data.noise_fraction if data.noise_fraction is not None else FRACTIONS.get(data.objective, 0.15)
 
 
 def row_length(data: StreamData) -> int:
-    """Tokens of a stream's row, of which the objective makes one of data.sequence_length."""
-    return data.sequence_length if data.objective == "clm" else OBJECTIVES[data.objective].row_length(data)
+    """Tokens of a stream's row, of which the objective makes one of data.sequence_length. ConfigError where that leaves too few."""
+    if data.objective == "clm":
+        return data.sequence_length
+    length = OBJECTIVES[data.objective].row_length(data)
+    if length < SHORTEST:
+        raise ConfigError(
+            f"data.sequence_length ({data.sequence_length}) leaves {max(length, 0)} tokens of text beside the special tokens of "
+            f"data.objective={data.objective}; it must leave {SHORTEST}: set it to {data.sequence_length + SHORTEST - length} or more"
+        )
+    return length
 
 
 def build_objective(data: StreamData, vocabulary: Vocabulary, seed: int) -> Objective:

@@ -47,9 +47,17 @@ def complete(tokenizer: "PreTrainedTokenizerBase", roles: Sequence[str]) -> list
 
 
 def vocabulary_of(
-    tokenizer: "PreTrainedTokenizerBase", roles: Sequence[str], *, objective: str, source: str
+    tokenizer: "PreTrainedTokenizerBase",
+    roles: Sequence[str],
+    *,
+    objective: str,
+    source: str,
+    separator: int | None = None,
 ) -> Vocabulary:
-    """The tokenizer's vocabulary. ConfigError for a role that no token has. source: of the model, for the message."""
+    """The tokenizer's vocabulary. ConfigError for a role that no token has.
+
+    source: of the model, for the message. separator: the token between documents, which no tokenizer.json names as such.
+    """
     ids = {role: id_of(tokenizer, role) for role in ATTRIBUTES}
     known = tokenizer.get_vocab()
     sentinels = (
@@ -67,7 +75,8 @@ def vocabulary_of(
     size = len(cast(Any, tokenizer))
     texts = texts_of(tokenizer, size)
     special = np.zeros(size, np.bool_)
-    special[[number for number in (*tokenizer.all_special_ids, *sentinels, *ids.values()) if number >= 0]] = True
+    numbers = (*tokenizer.all_special_ids, *sentinels, *ids.values(), -1 if separator is None else separator)
+    special[[number for number in numbers if number >= 0]] = True
     ends = np.array([text.endswith((".", "!", "?")) or "\n" in text for text in texts]) | special
     return Vocabulary(
         size,

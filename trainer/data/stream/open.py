@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainer.config import RunConfig, StreamData
 from trainer.data.assets import cache_folder
-from trainer.data.objectives import row_length
+from trainer.data.objectives import is_paired, row_length
 from trainer.data.stream.mix import Stage
 from trainer.data.stream.reader import Stream, StreamSettings
 from trainer.data.stream.remote import RemoteDataset, is_url
@@ -72,16 +72,21 @@ def settings_of(data: StreamData, seed: int, length: int) -> StreamSettings:
     return StreamSettings(
         sequence_length=length,
         packing=data.packing,
-        isolate=data.isolate,
+        isolate=knows_documents(data),
         seed=seed,
         window=data.shuffle_window,
         max_epochs=data.max_epochs,
     )
 
 
+def knows_documents(data: StreamData) -> bool:
+    """Whether a row must be told apart by document: to isolate them, or to take pairs of texts from one."""
+    return data.isolate or is_paired(data)
+
+
 def open_validation(dataset: Path | RemoteDataset, data: StreamData, train: Stream, length: int) -> Stream:
     """The held-out rows, in the order of the files, the same whatever the seed."""
-    settings = StreamSettings(length, data.packing, data.isolate, shuffle=False)
+    settings = StreamSettings(length, data.packing, knows_documents(data), shuffle=False)
     opened = Stream([dataset], settings, plan_folder=plan_folder(data))
     if opened.tokenizer != train.tokenizer:
         raise DataError(f"data.validation ({data.validation}) was made with another tokenizer than data.sources")
