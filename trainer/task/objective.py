@@ -196,16 +196,15 @@ def pair_losses(outputs: Outputs, labels: Tensor) -> Tensor:
 
 
 def permutation_inputs(batch: Batch) -> Batch:
-    """What XLNet is given: perm_mask (B, T, T), 1 where a token does not see another; target_mapping (B, P, T); on the batch's device.
+    """What XLNet is given: perm_mask (B, T, T) bool, where a token does not see another; target_mapping (B, P, T); on the batch's device.
 
     A row with fewer targets than P maps the rest nowhere: XLNet adds the queries of all targets that are mapped to one place.
     token_type_ids are zeros, so that all of XLNet's parameters take part, as DDP asks.
     """
-    order, ids = batch["order"], batch["input_ids"]
-    own = order.float()
-    of_others = torch.where(order >= 0, own, -2.0)  # below every place: what is not predicted is seen by all
-    hidden = torch.empty(*ids.shape, ids.shape[1], device=ids.device)
-    torch.le(own[:, :, None], of_others[:, None, :], out=hidden)  # as fp32 at once: half of the time on a CPU
+    ids = batch["input_ids"]
+    order = batch["order"].to(torch.int16 if ids.shape[1] < 2**15 else torch.int32)  # a quarter of the time of int64
+    of_others = torch.where(order >= 0, order, -2)  # below every place: what is not predicted is seen by all
+    hidden = order[:, :, None] <= of_others[:, None, :]
     targets = batch["targets"][:, :, None]
     mapping = torch.zeros(*batch["targets"].shape, ids.shape[1], device=ids.device)
     mapping.scatter_(2, targets.clamp(min=0), (targets >= 0).float())

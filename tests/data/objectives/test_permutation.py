@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import XLNetConfig, XLNetLMHeadModel
+from transformers import (
+    BertTokenizerFast,
+    DataCollatorForPermutationLanguageModeling,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from trainer.data.batches import IGNORED
 from trainer.data.objectives.permutation import Permutation
@@ -30,19 +35,30 @@ def batch_of(count: int, held: int = LENGTH - 2) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in objective().batch(rows(count, held)).items()}
 
 
-def transformers_mask(order: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The lines of DataCollatorForPermutationLanguageModeling.torch_mask_tokens for one row, with its random order given."""
-    perm_index = order.clone()
-    perm_index.masked_fill_(~chosen, -1)
-    return (perm_index.reshape((len(order), 1)) <= perm_index.reshape((1, len(order)))) & chosen
-
-
-def test_the_mask_is_that_of_transformers_for_the_same_order() -> None:
-    batch = batch_of(20)
-    hidden = permutation_inputs(batch)["perm_mask"]
-    for row in range(20):
-        wanted = transformers_mask(batch["order"][row], batch["order"][row] >= 0)
-        assert torch.equal(hidden[row].bool(), wanted)
+def test_the_mask_is_that_of_transformers_for_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its collator itself, whose draws of an order are noted. Special tokens differ on purpose: there they see some predicted tokens."""
+    names = {"[PAD]": PAD, "[CLS]": START, "[SEP]": END, "[MASK]": 3, "[UNK]": 4}
+    names |= {f"w{number}": number for number in range(5, SIZE)}
+    collator = DataCollatorForPermutationLanguageModeling(BertTokenizerFast(vocab=names))
+    rows = torch.from_numpy(np.random.default_rng(0).integers(5, SIZE, (20, LENGTH)))
+    rows[:, -2], rows[:, -1], rows[:, 40] = END, START, END
+    drawn: list[torch.Tensor] = []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda count: drawn.append(randperm(count)) or drawn[-1])
+    torch.manual_seed(0)
+    theirs = collator(list(rows.clone()))
+    assert len(drawn) == 20
+    is_special = rows < 5
+    for row, half in enumerate(drawn):
+        chosen = theirs["labels"][row] != IGNORED
+        assert 5 < chosen.sum() < 50
+        places = torch.arange(LENGTH).reshape(2, -1)[:, half].flatten()  # of its factorisation order, half by half
+        order = torch.where(chosen, places, -1)[None]
+        targets = torch.nonzero(chosen).T
+        ours = permutation_inputs({"input_ids": rows[[row]], "order": order, "targets": targets})["perm_mask"][0]
+        assert torch.equal(ours[~is_special[row]].float(), theirs["perm_mask"][row][~is_special[row]])
+        assert (ours[is_special[row]] == chosen).all()  # no way round the order
+        assert (ours[is_special[row]] >= theirs["perm_mask"][row][is_special[row]]).all()
 
 
 def test_no_target_sees_itself_or_a_later_one_by_any_way() -> None:
