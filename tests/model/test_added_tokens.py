@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from launch.cli import main
 from tests.distributed.resume_runs import start
@@ -43,7 +43,10 @@ def words(root: Path, *lines: str) -> Path:
 
 
 def test_an_added_word_is_one_token_that_is_trained_saved_and_exported(root: Path) -> None:
-    tokens = words(root, "longfilm", "[UNK]story"[5:] + "teller")
+    """Of the two new words the data has one: its row moves away from the mean of its pieces, here [UNK]; the other's stays."""
+    tokens = words(root, "longfilm", "storyteller")
+    header, *lines = (root / "data.csv").read_text(encoding="utf-8").splitlines()
+    (root / "data.csv").write_text("\n".join([header, *(f"longfilm {line}" for line in lines)]), encoding="utf-8")
     seen = start(make_config(root, tokens), "single", 1)
     assert seen is not None
     assert seen[0]["error"] is None
@@ -54,7 +57,14 @@ def test_an_added_word_is_one_token_that_is_trained_saved_and_exported(root: Pat
         )
         assert tokenizer.tokenize("a longfilm by a storyteller") == ["a", "longfilm", "[UNK]", "a", "storyteller"]
         assert model.config.vocab_size == len(tokenizer) == len(AutoTokenizer.from_pretrained(root / "model")) + 2
-        assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+        rows = model.get_input_embeddings().weight.detach()
+        assert rows.shape[0] == len(tokenizer)
+        before = (
+            AutoModel.from_pretrained(root / "model").get_input_embeddings().weight.detach()[tokenizer.unk_token_id]
+        )
+        in_data, elsewhere = rows[tokenizer.convert_tokens_to_ids(["longfilm", "storyteller"])]
+        assert torch.equal(elsewhere, before)
+        assert 1e-4 < float((in_data - before).abs().max()) < 1e-2  # two steps of 1e-3
 
 
 def test_a_new_row_starts_as_the_mean_of_its_pieces(root: Path) -> None:
