@@ -81,6 +81,9 @@ def test_a_setting_of_another_method_is_an_error_that_names_its_method() -> None
     assert "belongs to lora" in problems_of("method=head", "method.rank=8")[0]
 
 
+CLM = ["model.task=clm", "data.kind=stream", "train.metric=loss", "train.num_epochs=none", "train.max_steps=1"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -89,6 +92,9 @@ def test_a_setting_of_another_method_is_an_error_that_names_its_method() -> None
         (["data.subset=sst2"], "unless data.source is a hub dataset"),
         (["optim.schedule=constant", "optim.min_lr_fraction=0.1"], "with optim.schedule=constant"),
         (["train.max_skipped_steps=3"], "with train.on_nonfinite=stop"),
+        ([*CLM, "data.noise_fraction=0.2"], "unless data.objective is mlm or mlm_nsp"),
+        ([*CLM, "data.mean_span=4"], "unless data.objective is span_corruption or infilling"),
+        ([*CLM, "data.whole_words=yes"], "unless data.objective is mlm or mlm_nsp or mlm_sop"),
         (["method=head", "optim.layer_decay=0.9"], "with method.name=head"),
         (["method=head", "model.gradient_checkpointing=yes"], "with method.name=head"),
     ],
