@@ -39,7 +39,7 @@ class Trainer:
         self.config, self.accelerator, self.task = config, accelerator, task
         identity = {"base": base_identity(model), "data": task.identity()}
         optimizer = build_optimizer(model, config, fused=accelerator.device.type in ("cpu", "cuda"))
-        self.engine = build_engine(accelerator, model, optimizer, config)
+        self.engine = build_engine(accelerator, model, optimizer)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.num_steps = count_steps(config.train, task.steps_per_epoch)
         self.eval_every = config.train.eval_every or task.steps_per_epoch

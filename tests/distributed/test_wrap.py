@@ -45,7 +45,7 @@ def loss_and_norm(name: str) -> tuple[float, float, bool]:
     config = RunConfig(name="t", train=TrainConfig(max_steps=1, global_batch_size=4))
     accelerator = build_accelerator(config)
     model = build(name)
-    engine = build_engine(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+    engine = build_engine(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1))
     engine.model.eval()
     ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(1))
     share = ids.chunk(engine.world_size)[engine.rank]

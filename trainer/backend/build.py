@@ -89,9 +89,7 @@ def agree_on_start(config: RunConfig) -> Start:
     return found
 
 
-def build_engine(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
-) -> Engine:
+def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
     """Wrap model and optimizer for the backend and verify the result. Every rank calls it once.
 
     The optimizer must have been made from the parameters of `model`; its groups keep their order and extra keys.
@@ -103,7 +101,7 @@ def build_engine(
         wrap.shard(accelerator, model)
         wrap.rebind(optimizer, model, groups)
     elif request.backend.startswith("zero"):
-        wrap.configure_zero(accelerator, model, config, request.precision)
+        wrap.configure_zero(accelerator, model, request.precision)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if request.backend == "fsdp":
         wrap.rebind(prepared.optimizer, wrapped, groups)

@@ -217,6 +217,7 @@ class PlainEngine(Engine):
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last or self.backend == "single" else self.model.no_sync()
+        """As in Engine; DDP reduces in the last backward pass alone."""
 
 
 class FsdpEngine(Engine):

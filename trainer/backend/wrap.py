@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainer.backend.request import Request
-from trainer.config import RunConfig
 from trainer.errors import BackendError
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,7 +97,7 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig, precision: str) -> None:
+def configure_zero(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
     """Write samestep's settings into the DeepSpeed configuration before `prepare` reads it."""
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     zero = settings["zero_optimization"]
@@ -112,7 +111,7 @@ def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig
     settings |= {
         "train_micro_batch_size_per_gpu": 1,  # required where no loader is prepared; only DeepSpeed's own sample counter reads it
         "gradient_accumulation_steps": 1,  # ours: Engine.micro_batch sets the boundary, Trainer scales the loss
-        "gradient_clipping": config.optim.max_grad_norm or 0.0,
+        "gradient_clipping": 0.0,  # ours: ZeroEngine.step says what to clip to
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also under offload: one optimizer, the same numbers
         "steps_per_print": None,
