@@ -219,10 +219,7 @@ class Trainer:
     def read_step(self, step: int) -> list[dict[str, Tensor]]:
         """The same, without noting it; runs in a thread, ahead of its step."""
         shares = micro_batches(self.global_batch(step), self.rank, self.world_size, self.config.train.micro_batch_size)
-        batches = [self.task.training_batch(share) for share in shares]
-        if self.engine.device.type == "cuda":  # so that copies to the GPU need not wait
-            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
-        return batches
+        return [self.engine.pinned(self.task.training_batch(share)) for share in shares]
 
     def read_on(self) -> None:
         """Let the data stand where the restored state does."""

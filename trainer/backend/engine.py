@@ -100,13 +100,15 @@ class Engine:
         """Drop the gradients without a step; halves the fp16 loss scale. All ranks together."""
         self.optimizer.zero_grad(set_to_none=True)
         self._shrink_loss_scale()
+    def pinned(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A CPU batch where a GPU can fetch it while this rank goes on; the same tensors on a CPU, or where they lie there. Any thread."""
+        return {name: tensor.pin_memory() if self.device.type == "cuda" else tensor for name, tensor in batch.items()}
+
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of a CPU batch on this rank's device; pinned and asynchronous on a GPU."""
+        """A copy of a CPU batch on this rank's device; asynchronous on a GPU."""
         self.heartbeat.beat("batch to device")
-        if self.device.type == "cpu":
-            return dict(batch)
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.pinned(batch).items()}
 
     # Over ranks
 
