@@ -50,7 +50,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
     if request.backend == "zero3":
         _load_models_whole(accelerator)
-    _verify_accelerator(accelerator, request)
+    verify_accelerator(accelerator, request)
     agree_on_start(config)
     return accelerator
 
@@ -110,10 +110,25 @@ def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: to
     return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
 
 
+    wrap.verify_precision(request, wrapped, accelerator.device.type)
 def library_versions() -> dict[str, str]:
     """Of samestep and of what decides its numbers."""
     names = ("samestep", "torch", "accelerate", "transformers", "peft", "deepspeed")
     return {name: importlib.metadata.version(name) for name in names}
+def verify_accelerator(accelerator: Accelerator, request: Request) -> None:
+    """Raise BackendError unless Accelerate's state is what the launcher was asked for."""
+    if accelerator.distributed_type not in EXPECTED_TYPES[request.backend]:
+        raise BackendError(
+            f"asked for {request.backend}, but Accelerate would run {accelerator.distributed_type.value}; "
+            f"start with `samestep run RECIPE --backend {request.backend}`, or check the accelerate configuration"
+        )
+    if accelerator.num_processes != request.world_size:
+        raise BackendError(
+            f"the launcher started {request.world_size} processes, but this process group has {accelerator.num_processes}; "
+            "start through `samestep run` or `accelerate launch`, and check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
+        )
+
+
 
 
 def _prepare_cpu_process_group(request: Request) -> None:
@@ -151,16 +166,3 @@ def _load_models_whole(accelerator: Accelerator) -> None:
 
     unset_hf_deepspeed_config()
     accelerator.state.deepspeed_plugin.dschf = None
-
-
-def _verify_accelerator(accelerator: Accelerator, request: Request) -> None:
-    if accelerator.distributed_type not in EXPECTED_TYPES[request.backend]:
-        raise BackendError(
-            f"asked for {request.backend}, but Accelerate would run {accelerator.distributed_type.value}; "
-            f"start with `samestep run RECIPE --backend {request.backend}`, or check the accelerate configuration"
-        )
-    if accelerator.num_processes != request.world_size:
-        raise BackendError(
-            f"the launcher started {request.world_size} processes, but this process group has {accelerator.num_processes}; "
-            "start through `samestep run` or `accelerate launch`, and check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
-        )

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trainer.backend.heartbeat import Heartbeat
 from trainer.backend.pieces import Piece, read_steps, whole_pieces, write_steps
 from trainer.backend.request import Request
-from trainer.backend.wrap import COMPUTE_DTYPES, is_dtensor, strip_wrapper
+from trainer.backend.wrap import autocast, is_dtensor, strip_wrapper
 
 INITIAL_LOSS_SCALE = 2.0**16  # fp16 only, as in torch.amp.GradScaler
 LOSS_SCALE_GROWTH_EVERY = 2000  # good steps before the scale doubles
@@ -70,8 +70,7 @@ class Engine:
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """The model's outputs, computed in the run's precision. Collective under fsdp and zero3."""
         self.heartbeat.beat("forward")
-        dtype = COMPUTE_DTYPES[self.precision]
-        with torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no"):
+        with autocast(self.precision, self.device.type):
             return self.model(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -100,10 +99,10 @@ class Engine:
         """Drop the gradients without a step; halves the fp16 loss scale. All ranks together."""
         self.optimizer.zero_grad(set_to_none=True)
         self._shrink_loss_scale()
+
     def pinned(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A CPU batch where a GPU can fetch it while this rank goes on; the same tensors on a CPU, or where they lie there. Any thread."""
         return {name: tensor.pin_memory() if self.device.type == "cuda" else tensor for name, tensor in batch.items()}
-
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of a CPU batch on this rank's device; asynchronous on a GPU."""
@@ -218,8 +217,8 @@ class PlainEngine(Engine):
     """single and ddp."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last or self.backend == "single" else self.model.no_sync()
         """As in Engine; DDP reduces in the last backward pass alone."""
+        return nullcontext() if last or self.backend == "single" else self.model.no_sync()
 
 
 class FsdpEngine(Engine):

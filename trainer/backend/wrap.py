@@ -171,6 +171,38 @@ def describe_wrapper(wrapped: Any) -> str:
         blocks = repeated_blocks(wrapped)
         sharded = all(isinstance(block, FSDPModule) for block in blocks)
         return "fsdp" if sharded and all(is_dtensor(p) for p in wrapped.parameters()) else "fsdp with unsharded parts"
+    if request.offload and not is_offloaded(wrapped, optimizer):
+        raise BackendError(f"asked for {request.backend} with CPU offload, but its state stays on the device")
+
+
+def verify_precision(request: Request, wrapped: Any, device_type: str) -> None:
+    """Raise BackendError unless a forward pass would compute in the precision asked for.
+
+    DeepSpeed's own switch counts, as it overrules the autocast around it; torch's only warns where a device lacks a dtype.
+    """
+    if request.backend.startswith("zero"):
+        found = wrapped.torch_autocast_dtype() if wrapped.torch_autocast_enabled() else torch.float32
+    else:
+        with autocast(request.precision, device_type):
+            one = torch.ones(1, 1, device=device_type)
+            found = (one @ one).dtype
+    if found != COMPUTE_DTYPES[request.precision]:
+        raise BackendError(
+            f"asked for mixed precision ({request.precision}), but {request.backend} on {device_type} would compute in {found}; "
+            "choose another with --mixed_precision"
+        )
+
+
+def autocast(precision: str, device_type: str) -> torch.autocast:
+    """Surrounds the forward pass: matrices are multiplied in the precision asked for."""
+    return torch.autocast(device_type, dtype=COMPUTE_DTYPES[precision], enabled=precision != "no")
+
+
+def is_offloaded(wrapped: nn.Module, optimizer: Any) -> bool:
+    """Whether state lives in host memory, read from the objects themselves."""
+    if hasattr(wrapped, "zero_optimization_stage"):
+        return any(getattr(optimizer, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param"))
+    return all(parameter.device.type == "cpu" for parameter in wrapped.parameters())
     if hasattr(wrapped, "zero_optimization_stage"):
         return f"zero{wrapped.zero_optimization_stage()}"
     return "single"
