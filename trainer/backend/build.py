@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from trainer.backend import wrap
 from trainer.backend.engine import Engine, FsdpEngine, PlainEngine
 from trainer.backend.request import Request, read_request
+from trainer.backend.settings import setting_problems
 from trainer.backend.zero_engine import ZeroEngine
 from trainer.checkpoint.resume import Start, decide_start
 from trainer.config import RunConfig
@@ -41,6 +42,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         )
     use_cpu = request.on_cpu or not torch.accelerator.is_available()
     check_optimizer(config.optim.name, request, use_cpu=use_cpu)
+    problems = setting_problems(os.environ, config, request.world_size)
+    if problems:
+        raise BackendError("\n".join(problems))
     if use_cpu:
         _prepare_cpu_process_group(request)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -106,15 +110,11 @@ def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: to
     if request.backend == "fsdp":
         wrap.rebind(prepared.optimizer, wrapped, groups)
     wrap.verify_wrapper(request, wrapped, prepared.optimizer, names)
+    wrap.verify_precision(request, wrapped, accelerator.device.type)
     kind = {"single": PlainEngine, "ddp": PlainEngine, "fsdp": FsdpEngine}.get(request.backend, ZeroEngine)
     return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
 
 
-    wrap.verify_precision(request, wrapped, accelerator.device.type)
-def library_versions() -> dict[str, str]:
-    """Of samestep and of what decides its numbers."""
-    names = ("samestep", "torch", "accelerate", "transformers", "peft", "deepspeed")
-    return {name: importlib.metadata.version(name) for name in names}
 def verify_accelerator(accelerator: Accelerator, request: Request) -> None:
     """Raise BackendError unless Accelerate's state is what the launcher was asked for."""
     if accelerator.distributed_type not in EXPECTED_TYPES[request.backend]:
@@ -129,6 +129,10 @@ def verify_accelerator(accelerator: Accelerator, request: Request) -> None:
         )
 
 
+def library_versions() -> dict[str, str]:
+    """Of samestep and of what decides its numbers."""
+    names = ("samestep", "torch", "accelerate", "transformers", "peft", "deepspeed")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _prepare_cpu_process_group(request: Request) -> None:

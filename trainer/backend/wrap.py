@@ -1,6 +1,7 @@
 """How each backend wraps a model: what is sharded together, in which precision, and the proof that it happened."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -66,19 +67,30 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin
+    blocks = repeated_blocks(model)
+    _check_named_blocks(plugin.transformer_cls_names_to_wrap, blocks)
     plugin.cpu_ram_efficient_loading = False  # every rank has already loaded the same weights
     plugin.auto_wrap_policy = None  # prepare would look for block classes, which are renamed once sharded
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     policy = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
     if not offload:
         model.to(accelerator.device)
-    blocks = repeated_blocks(model)
     for group in modules_sharing_parameters(model):
         fully_shard(group, reshard_after_forward=False, offload_policy=policy)
     for block in blocks:
         fully_shard(block, reshard_after_forward=bool(plugin.reshard_after_forward), offload_policy=policy)
     fully_shard(model, offload_policy=policy)
     assert all(isinstance(module, FSDPModule) for module in (model, *blocks))
+
+
+def _check_named_blocks(named: Sequence[str] | None, blocks: Sequence[nn.Module]) -> None:
+    """BackendError where the accelerate configuration names other block classes than those that are wrapped."""
+    ours = sorted({type(block).__name__ for block in blocks})
+    if named and sorted(named) != ours:
+        raise BackendError(
+            f"fsdp_config.fsdp_transformer_layer_cls_to_wrap ({','.join(named)}) must be this model's repeated blocks, "
+            f"{','.join(ours)}, which samestep finds by itself; leave it out"
+        )
 
 
 def rebind(optimizer: torch.optim.Optimizer, model: nn.Module, names: list[list[str]]) -> None:
@@ -159,18 +171,6 @@ def verify_wrapper(request: Request, wrapped: nn.Module, optimizer: torch.optim.
     wrong = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")
-
-
-def describe_wrapper(wrapped: Any) -> str:
-    """The backend whose wrapper this module wears, read from the objects themselves."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        return "ddp"
-    if isinstance(wrapped, FSDPModule) and isinstance(wrapped, nn.Module):
-        blocks = repeated_blocks(wrapped)
-        sharded = all(isinstance(block, FSDPModule) for block in blocks)
-        return "fsdp" if sharded and all(is_dtensor(p) for p in wrapped.parameters()) else "fsdp with unsharded parts"
     if request.offload and not is_offloaded(wrapped, optimizer):
         raise BackendError(f"asked for {request.backend} with CPU offload, but its state stays on the device")
 
@@ -203,6 +203,18 @@ def is_offloaded(wrapped: nn.Module, optimizer: Any) -> bool:
     if hasattr(wrapped, "zero_optimization_stage"):
         return any(getattr(optimizer, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param"))
     return all(parameter.device.type == "cpu" for parameter in wrapped.parameters())
+
+
+def describe_wrapper(wrapped: Any) -> str:
+    """The backend whose wrapper this module wears, read from the objects themselves."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return "ddp"
+    if isinstance(wrapped, FSDPModule) and isinstance(wrapped, nn.Module):
+        blocks = repeated_blocks(wrapped)
+        sharded = all(isinstance(block, FSDPModule) for block in blocks)
+        return "fsdp" if sharded and all(is_dtensor(p) for p in wrapped.parameters()) else "fsdp with unsharded parts"
     if hasattr(wrapped, "zero_optimization_stage"):
         return f"zero{wrapped.zero_optimization_stage()}"
     return "single"
