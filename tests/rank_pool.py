@@ -47,6 +47,7 @@ BACKEND_ENV: dict[str, dict[str, str]] = {
     | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
 }
 BACKENDS = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
+OFFLOADED = ("fsdp_offload", "zero2_offload", "zero3_offload")
 
 
 def run_ranks(

@@ -39,7 +39,7 @@ class Trainer:
         self.config, self.accelerator, self.task = config, accelerator, task
         identity = {"base": base_identity(model), "data": task.identity()}
         optimizer = build_optimizer(model, config, fused=accelerator.device.type in ("cpu", "cuda"))
-        self.engine = build_engine(accelerator, model, optimizer, config)
+        self.engine = build_engine(accelerator, model, optimizer)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.num_steps = count_steps(config.train, task.steps_per_epoch)
         self.eval_every = config.train.eval_every or task.steps_per_epoch
@@ -219,10 +219,7 @@ class Trainer:
     def read_step(self, step: int) -> list[dict[str, Tensor]]:
         """The same, without noting it; runs in a thread, ahead of its step."""
         shares = micro_batches(self.global_batch(step), self.rank, self.world_size, self.config.train.micro_batch_size)
-        batches = [self.task.training_batch(share) for share in shares]
-        if self.engine.device.type == "cuda":  # so that copies to the GPU need not wait
-            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
-        return batches
+        return [self.engine.pinned(self.task.training_batch(share)) for share in shares]
 
     def read_on(self) -> None:
         """Let the data stand where the restored state does."""

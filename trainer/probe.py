@@ -1,20 +1,24 @@
 """Parity's measurement: a few steps of the recipe, recorded as numbers that must not depend on the backend.
 
 `samestep parity` starts the recipe once per variant with `probe.folder` set; `Trainer.fit` then comes here instead of training.
-Dropout is off (the model stays in eval mode), and part of the labels is hidden so that ranks hold unequal numbers of targets.
+Dropout is off (the model stays in eval mode; blocks that training would recompute are recomputed all the same), and part of the
+labels is hidden so that ranks hold unequal numbers of targets.
 Rank 0 writes record.json (per-step numbers) and tensors.safetensors (gradient of step 1, whole update), both fp32.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.data.batches import GOLDEN_GAMMA, IGNORED, mix_words
 from trainer.task import Task
@@ -53,6 +57,7 @@ def record_probe(trainer: "Trainer") -> None:
     assert probe is not None
     trainer.task = PartlyUnlabelled(trainer.task)
     engine.model.eval()
+    recompute_in_evaluation(engine.model)
     before = snapshot(engine.weights(trainable_only=True))
     gradients: dict[str, Tensor] = {}
     steps = []
@@ -66,6 +71,30 @@ def record_probe(trainer: "Trainer") -> None:
     if engine.rank == 0:
         write_record(probe.folder, describe(trainer, steps, before), gradients, before, after)
     engine.sum_over_ranks([0.0])  # nobody leaves before the record is written
+
+
+def recompute_in_evaluation(model: nn.Module) -> None:
+    """Recompute what model.gradient_checkpointing asks for in evaluation mode too, so that parity measures it. In place.
+
+    transformers recomputes a block only where the block trains, which would turn on its dropout: so the block says that it trains
+    (its parts do not), and does not while it computes.
+    """
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        if block.gradient_checkpointing:
+            block.training = True
+            block._gradient_checkpointing_func = partial(_evaluate_block, block, block._gradient_checkpointing_func)
+
+
+def _evaluate_block(block: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    def evaluate(*inputs: Any) -> Any:
+        block.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            block.training = True
+
+    return checkpoint(evaluate, *inputs)
 
 
 def describe_step(trainer: "Trainer", step: int) -> dict[str, Any]:

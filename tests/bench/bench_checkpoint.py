@@ -107,7 +107,7 @@ def measure(folder: Path, num_layers: int, num_rounds: int) -> list[Round]:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=num_layers, tie_word_embeddings=True, **shape)
     )
-    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), config)
+    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
     checkpoints = Checkpointer(config, engine, identity={"base": None, "data": "random"})
     checkpoints.clean()
     checkpoints.prepare()

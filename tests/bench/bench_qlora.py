@@ -91,7 +91,7 @@ def loss_of(asked: tuple[str, str]) -> float:
         model = load_exported(folder)[0] if kind == "adapter" else merged(folder, info, "dequantized")
     model.eval()
     idle = torch.nn.Linear(1, 1)  # an engine only for its sums over ranks, of which there is one
-    engine = build_engine(accelerator, idle, torch.optim.AdamW(idle.parameters()), config)
+    engine = build_engine(accelerator, idle, torch.optim.AdamW(idle.parameters()))
     return float(task.evaluate(lambda inputs: model(**inputs), engine, "validation").metrics["loss"])
 
 

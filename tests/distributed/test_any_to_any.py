@@ -71,7 +71,7 @@ def build(method: str, folder: Path, accelerator: Any, seed: int) -> tuple[Engin
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lr_factor": 0.5},
     ]
     groups = [group for group in groups if group["params"]]
-    engine = build_engine(accelerator, model, torch.optim.AdamW(groups, lr=1e-3), config)
+    engine = build_engine(accelerator, model, torch.optim.AdamW(groups, lr=1e-3))
     engine.model.train()
     return engine, Checkpointer(config, engine, identity={"base": method, "data": "tokens"})
 

@@ -34,7 +34,7 @@ def run(architecture: str) -> dict:
     config = RunConfig(name="t", train=TrainConfig(max_steps=STEPS, global_batch_size=BATCH))
     accelerator = build_accelerator(config)
     model = small_model(architecture)
-    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=1e-3), config)
+    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     before = {n: t.cpu().numpy().copy() for n, t in engine.weights(trainable_only=True)}
     compute_dtypes = set()
     block_linear = next(m for m in engine.model.modules() if isinstance(m, torch.nn.Linear))

@@ -38,7 +38,22 @@ def test_an_empty_environment_is_single_in_fp32() -> None:
             BACKEND_ENV["zero3"] | {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
             r"zero3_init_flag \(true\) is not supported",
         ),
-        (BACKEND_ENV["zero3"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, r"offload device \(nvme\)"),
+        (
+            BACKEND_ENV["zero3"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
+            r"offload_param_device \(nvme\) is not supported; use cpu",
+        ),
+        (
+            BACKEND_ENV["zero1"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            r"offload_optimizer_device \(cpu\) needs deepspeed_config.zero_stage 2 or 3, and it is 1; set it to none",
+        ),
+        (
+            BACKEND_ENV["zero2_offload"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            r"offload_param_device \(cpu\) needs deepspeed_config.zero_stage 3, and it is 2; set it to none",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "stage3.json"},
+            r"deepspeed_config_file \(stage3.json\) is not supported.*set deepspeed_config.zero_stage",
+        ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )

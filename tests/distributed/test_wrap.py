@@ -9,6 +9,7 @@ from tests.rank_pool import run_ranks
 from trainer.backend import build_accelerator, build_engine
 from trainer.backend.wrap import modules_sharing_parameters, repeated_blocks, zero_buckets
 from trainer.config import RunConfig, TrainConfig
+from trainer.errors import BackendError
 
 SMALL = {
     "vocab_size": 64,
@@ -45,7 +46,7 @@ def loss_and_norm(name: str) -> tuple[float, float, bool]:
     config = RunConfig(name="t", train=TrainConfig(max_steps=1, global_batch_size=4))
     accelerator = build_accelerator(config)
     model = build(name)
-    engine = build_engine(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+    engine = build_engine(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1))
     engine.model.eval()
     ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(1))
     share = ids.chunk(engine.world_size)[engine.rank]
@@ -78,6 +79,31 @@ def test_fsdp_takes_the_gradient_of_single_and_keeps_ties(name: str) -> None:
     for found in run_ranks(loss_and_norm, "fsdp", 2, args=(name,)):
         np.testing.assert_allclose(found[:2], (loss, norm), rtol=1e-5)
         assert found[2] == tied
+
+
+def wrapped_or_refused() -> str:
+    """What a BERT's wrapping says of the block classes that the accelerate configuration names; runs on every rank."""
+    try:
+        loss_and_norm("bert_mlm")
+    except BackendError as error:
+        return str(error)
+    return "wrapped"
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("BertLayer", "wrapped"),
+        (
+            "BertLayer,BertEmbeddings",
+            "fsdp_config.fsdp_transformer_layer_cls_to_wrap (BertLayer,BertEmbeddings) must be this model's repeated blocks, "
+            "BertLayer, which samestep finds by itself; leave it out",
+        ),
+    ],
+)
+def test_block_classes_that_the_configuration_names_must_be_those_that_are_wrapped(named: str, said: str) -> None:
+    environ = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": named}
+    assert run_ranks(wrapped_or_refused, "fsdp", 2, environ=environ) == [said, said]
 
 
 def test_zero_buckets_follow_the_size_of_the_model() -> None:

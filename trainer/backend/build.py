@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from trainer.backend import wrap
 from trainer.backend.engine import Engine, FsdpEngine, PlainEngine
 from trainer.backend.request import Request, read_request
+from trainer.backend.settings import setting_problems
 from trainer.backend.zero_engine import ZeroEngine
 from trainer.checkpoint.resume import Start, decide_start
 from trainer.config import RunConfig
@@ -41,6 +42,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         )
     use_cpu = request.on_cpu or not torch.accelerator.is_available()
     check_optimizer(config.optim.name, request, use_cpu=use_cpu)
+    problems = setting_problems(os.environ, config, request.world_size)
+    if problems:
+        raise BackendError("\n".join(problems))
     if use_cpu:
         _prepare_cpu_process_group(request)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -50,7 +54,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
     if request.backend == "zero3":
         _load_models_whole(accelerator)
-    _verify_accelerator(accelerator, request)
+    verify_accelerator(accelerator, request)
     agree_on_start(config)
     return accelerator
 
@@ -89,9 +93,7 @@ def agree_on_start(config: RunConfig) -> Start:
     return found
 
 
-def build_engine(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
-) -> Engine:
+def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
     """Wrap model and optimizer for the backend and verify the result. Every rank calls it once.
 
     The optimizer must have been made from the parameters of `model`; its groups keep their order and extra keys.
@@ -103,13 +105,28 @@ def build_engine(
         wrap.shard(accelerator, model)
         wrap.rebind(optimizer, model, groups)
     elif request.backend.startswith("zero"):
-        wrap.configure_zero(accelerator, model, config, request.precision)
+        wrap.configure_zero(accelerator, model, request.precision)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if request.backend == "fsdp":
         wrap.rebind(prepared.optimizer, wrapped, groups)
     wrap.verify_wrapper(request, wrapped, prepared.optimizer, names)
+    wrap.verify_precision(request, wrapped, accelerator.device.type)
     kind = {"single": PlainEngine, "ddp": PlainEngine, "fsdp": FsdpEngine}.get(request.backend, ZeroEngine)
     return kind(request=request, accelerator=accelerator, model=wrapped, optimizer=prepared.optimizer)
+
+
+def verify_accelerator(accelerator: Accelerator, request: Request) -> None:
+    """Raise BackendError unless Accelerate's state is what the launcher was asked for."""
+    if accelerator.distributed_type not in EXPECTED_TYPES[request.backend]:
+        raise BackendError(
+            f"asked for {request.backend}, but Accelerate would run {accelerator.distributed_type.value}; "
+            f"start with `samestep run RECIPE --backend {request.backend}`, or check the accelerate configuration"
+        )
+    if accelerator.num_processes != request.world_size:
+        raise BackendError(
+            f"the launcher started {request.world_size} processes, but this process group has {accelerator.num_processes}; "
+            "start through `samestep run` or `accelerate launch`, and check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
+        )
 
 
 def library_versions() -> dict[str, str]:
@@ -153,16 +170,3 @@ def _load_models_whole(accelerator: Accelerator) -> None:
 
     unset_hf_deepspeed_config()
     accelerator.state.deepspeed_plugin.dschf = None
-
-
-def _verify_accelerator(accelerator: Accelerator, request: Request) -> None:
-    if accelerator.distributed_type not in EXPECTED_TYPES[request.backend]:
-        raise BackendError(
-            f"asked for {request.backend}, but Accelerate would run {accelerator.distributed_type.value}; "
-            f"start with `samestep run RECIPE --backend {request.backend}`, or check the accelerate configuration"
-        )
-    if accelerator.num_processes != request.world_size:
-        raise BackendError(
-            f"the launcher started {request.world_size} processes, but this process group has {accelerator.num_processes}; "
-            "start through `samestep run` or `accelerate launch`, and check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
-        )

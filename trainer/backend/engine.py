@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trainer.backend.heartbeat import Heartbeat
 from trainer.backend.pieces import Piece, read_steps, whole_pieces, write_steps
 from trainer.backend.request import Request
-from trainer.backend.wrap import COMPUTE_DTYPES, is_dtensor, strip_wrapper
+from trainer.backend.wrap import autocast, is_dtensor, strip_wrapper
 
 INITIAL_LOSS_SCALE = 2.0**16  # fp16 only, as in torch.amp.GradScaler
 LOSS_SCALE_GROWTH_EVERY = 2000  # good steps before the scale doubles
@@ -70,8 +70,7 @@ class Engine:
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """The model's outputs, computed in the run's precision. Collective under fsdp and zero3."""
         self.heartbeat.beat("forward")
-        dtype = COMPUTE_DTYPES[self.precision]
-        with torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no"):
+        with autocast(self.precision, self.device.type):
             return self.model(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -101,12 +100,14 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         self._shrink_loss_scale()
 
+    def pinned(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A CPU batch where a GPU can fetch it while this rank goes on; the same tensors on a CPU, or where they lie there. Any thread."""
+        return {name: tensor.pin_memory() if self.device.type == "cuda" else tensor for name, tensor in batch.items()}
+
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of a CPU batch on this rank's device; pinned and asynchronous on a GPU."""
+        """A copy of a CPU batch on this rank's device; asynchronous on a GPU."""
         self.heartbeat.beat("batch to device")
-        if self.device.type == "cpu":
-            return dict(batch)
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.pinned(batch).items()}
 
     # Over ranks
 
@@ -216,6 +217,7 @@ class PlainEngine(Engine):
     """single and ddp."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """As in Engine; DDP reduces in the last backward pass alone."""
         return nullcontext() if last or self.backend == "single" else self.model.no_sync()
 
 

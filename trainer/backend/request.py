@@ -9,6 +9,9 @@ PRECISIONS = ("no", "bf16", "fp16")
 REPLACES_PARAMETERS = ("fsdp",)
 """Backends that put shards in place of parameters: what a parameter's class keeps beside its numbers is lost."""
 
+OFFLOADS = {"optimizer": ("zero2", "zero3"), "param": ("zero3",)}
+"""What DeepSpeed can keep in host memory, and under which stages accelerate offers it; under another it may do nothing."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -53,6 +56,12 @@ def _backend_name(environ: Mapping[str, str]) -> str:
             "the accelerate configuration asks for Megatron-LM, which samestep does not run; use fsdp or zero3"
         )
     if _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
+        file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if file != "none":
+            raise BackendError(
+                f"deepspeed_config.deepspeed_config_file ({file}) is not supported: samestep writes DeepSpeed's settings itself; "
+                "leave it out, and set deepspeed_config.zero_stage as in accelerate_configs/zero2.yaml"
+            )
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage not in ("1", "2", "3"):
             raise BackendError(
@@ -75,10 +84,19 @@ def _backend_name(environ: Mapping[str, str]) -> str:
 def _asks_for_offload(backend: str, environ: Mapping[str, str]) -> bool:
     if backend == "fsdp":
         return _is_true(environ, "FSDP_OFFLOAD_PARAMS")
-    devices = [environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
-    if backend.startswith("zero") and "nvme" in devices:
-        raise BackendError("deepspeed_config offload device (nvme) is not supported; use cpu")
-    return backend.startswith("zero") and "cpu" in devices
+    if not backend.startswith("zero"):
+        return False
+    devices = {what: environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none") for what in OFFLOADS}
+    for what, device in devices.items():
+        field = f"deepspeed_config.offload_{what}_device ({device})"
+        if device not in ("none", "cpu"):
+            raise BackendError(f"{field} is not supported; use cpu or none")
+        if device == "cpu" and backend not in OFFLOADS[what]:
+            stages = " or ".join(name.removeprefix("zero") for name in OFFLOADS[what])
+            raise BackendError(
+                f"{field} needs deepspeed_config.zero_stage {stages}, and it is {backend.removeprefix('zero')}; set it to none"
+            )
+    return "cpu" in devices.values()
 
 
 def _is_true(environ: Mapping[str, str], name: str) -> bool:

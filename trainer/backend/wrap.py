@@ -1,6 +1,7 @@
 """How each backend wraps a model: what is sharded together, in which precision, and the proof that it happened."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainer.backend.request import Request
-from trainer.config import RunConfig
 from trainer.errors import BackendError
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,19 +67,30 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin
+    blocks = repeated_blocks(model)
+    _check_named_blocks(plugin.transformer_cls_names_to_wrap, blocks)
     plugin.cpu_ram_efficient_loading = False  # every rank has already loaded the same weights
     plugin.auto_wrap_policy = None  # prepare would look for block classes, which are renamed once sharded
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     policy = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
     if not offload:
         model.to(accelerator.device)
-    blocks = repeated_blocks(model)
     for group in modules_sharing_parameters(model):
         fully_shard(group, reshard_after_forward=False, offload_policy=policy)
     for block in blocks:
         fully_shard(block, reshard_after_forward=bool(plugin.reshard_after_forward), offload_policy=policy)
     fully_shard(model, offload_policy=policy)
     assert all(isinstance(module, FSDPModule) for module in (model, *blocks))
+
+
+def _check_named_blocks(named: Sequence[str] | None, blocks: Sequence[nn.Module]) -> None:
+    """BackendError where the accelerate configuration names other block classes than those that are wrapped."""
+    ours = sorted({type(block).__name__ for block in blocks})
+    if named and sorted(named) != ours:
+        raise BackendError(
+            f"fsdp_config.fsdp_transformer_layer_cls_to_wrap ({','.join(named)}) must be this model's repeated blocks, "
+            f"{','.join(ours)}, which samestep finds by itself; leave it out"
+        )
 
 
 def rebind(optimizer: torch.optim.Optimizer, model: nn.Module, names: list[list[str]]) -> None:
@@ -98,7 +109,7 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig, precision: str) -> None:
+def configure_zero(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
     """Write samestep's settings into the DeepSpeed configuration before `prepare` reads it."""
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     zero = settings["zero_optimization"]
@@ -112,7 +123,7 @@ def configure_zero(accelerator: Accelerator, model: nn.Module, config: RunConfig
     settings |= {
         "train_micro_batch_size_per_gpu": 1,  # required where no loader is prepared; only DeepSpeed's own sample counter reads it
         "gradient_accumulation_steps": 1,  # ours: Engine.micro_batch sets the boundary, Trainer scales the loss
-        "gradient_clipping": config.optim.max_grad_norm or 0.0,
+        "gradient_clipping": 0.0,  # ours: ZeroEngine.step says what to clip to
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also under offload: one optimizer, the same numbers
         "steps_per_print": None,
@@ -160,6 +171,38 @@ def verify_wrapper(request: Request, wrapped: nn.Module, optimizer: torch.optim.
     wrong = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")
+    if request.offload and not is_offloaded(wrapped, optimizer):
+        raise BackendError(f"asked for {request.backend} with CPU offload, but its state stays on the device")
+
+
+def verify_precision(request: Request, wrapped: Any, device_type: str) -> None:
+    """Raise BackendError unless a forward pass would compute in the precision asked for.
+
+    DeepSpeed's own switch counts, as it overrules the autocast around it; torch's only warns where a device lacks a dtype.
+    """
+    if request.backend.startswith("zero"):
+        found = wrapped.torch_autocast_dtype() if wrapped.torch_autocast_enabled() else torch.float32
+    else:
+        with autocast(request.precision, device_type):
+            one = torch.ones(1, 1, device=device_type)
+            found = (one @ one).dtype
+    if found != COMPUTE_DTYPES[request.precision]:
+        raise BackendError(
+            f"asked for mixed precision ({request.precision}), but {request.backend} on {device_type} would compute in {found}; "
+            "choose another with --mixed_precision"
+        )
+
+
+def autocast(precision: str, device_type: str) -> torch.autocast:
+    """Surrounds the forward pass: matrices are multiplied in the precision asked for."""
+    return torch.autocast(device_type, dtype=COMPUTE_DTYPES[precision], enabled=precision != "no")
+
+
+def is_offloaded(wrapped: nn.Module, optimizer: Any) -> bool:
+    """Whether state lives in host memory, read from the objects themselves."""
+    if hasattr(wrapped, "zero_optimization_stage"):
+        return any(getattr(optimizer, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param"))
+    return all(parameter.device.type == "cpu" for parameter in wrapped.parameters())
 
 
 def describe_wrapper(wrapped: Any) -> str:

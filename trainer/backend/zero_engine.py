@@ -5,20 +5,25 @@ DeepSpeed keeps fp32 weights and moments in flat partitions of its own; the mode
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.backend.engine import Engine
 from trainer.backend.pieces import Piece, fragment_pieces, partition_pieces, with_moments
+from trainer.backend.request import Request
 
 
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO-1/2/3."""
 
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
+    def __init__(
+        self, request: Request, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(request, accelerator, model, optimizer)
         if self.precision == "fp16":
             self.model.optimizer.torch_autocast_gradscaler = (
                 None  # it would clip the scaled gradient; ours takes its place
@@ -26,14 +31,17 @@ class ZeroEngine(Engine):
             self.model.optimizer.override_loss_scale(self.loss_scale)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """As in Engine; tells DeepSpeed now whether the coming backward pass completes the gradient."""
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
+        """As in Engine; DeepSpeed multiplies by the loss scale itself."""
         self.heartbeat.beat("backward")
         self.model.backward(loss * self.divides_by, scale_wrt_gas=False)
 
     def grad_norm(self) -> float:
+        """As in Engine, by DeepSpeed's own sums, as it clips by them; inf where any part is not finite."""
         self.heartbeat.beat("gradient norm")
         zero = self.model.optimizer
         if self.backend == "zero3":
@@ -45,21 +53,28 @@ class ZeroEngine(Engine):
         return norm / self.loss_scale if norm >= 0 else math.inf  # DeepSpeed's -1 stands for a norm that is not finite
 
     def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
+        """As in Engine; DeepSpeed takes the norm once more itself, over the same gradient."""
         self.heartbeat.beat("optimizer step")
-        self.model.step()  # clips by gradient_clipping of its configuration, which is max_grad_norm (wrap.configure_zero)
+        self.model.optimizer.clip_grad = max_grad_norm or 0.0
+        self.model.step()
         self._grow_loss_scale()
         self._tell_loss_scale()
 
     def discard(self) -> None:
-        # ZeRO's own step cleans up after a non-finite norm and moves nothing; make sure that it sees one.
-        for gradients in self.model.optimizer.averaged_gradients.values():
-            for gradient in gradients or ():
+        """As in Engine. DeepSpeed's step cleans up after a norm that is not finite and moves nothing; here it is made to see one."""
+        zero = self.model.optimizer
+        if zero.offload_optimizer if self.backend == "zero3" else zero.cpu_offload:
+            # The gradients already lie in host memory, and their norms were taken on the way.
+            zero.norm_for_param_grads = dict.fromkeys(zero.norm_for_param_grads, torch.tensor(math.nan))
+        else:
+            for gradient in chain.from_iterable(gradients or () for gradients in zero.averaged_gradients.values()):
                 gradient.fill_(math.nan)
         self.model.step()
         self._shrink_loss_scale()
         self._tell_loss_scale()
 
     def local_state(self) -> list[Piece]:
+        """As in Engine: ranges of DeepSpeed's flat fp32 partitions."""
         zero = self.model.optimizer
         is_3 = self.backend == "zero3"
         for flat in zero.fp32_partitioned_groups_flat if is_3 else zero.single_partition_of_fp32_groups:
@@ -82,6 +97,7 @@ class ZeroEngine(Engine):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def restore_loss_scale(self, scale: float, good_steps: int) -> None:
+        """As in Engine, and tells DeepSpeed."""
         super().restore_loss_scale(scale, good_steps)
         self._tell_loss_scale()
 

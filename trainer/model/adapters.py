@@ -76,7 +76,7 @@ def merged(folder: Path, info: Mapping[str, Any], into: Into, *, trust_remote_co
     if into == "dequantized" and not quantized:
         raise ConfigError("--into (dequantized): the base of this adapter is not quantized; use --into base")
     keeps = {**info, "quantization": info.get("quantization") if into == "dequantized" else None}
-    base = load_base(keeps, trust_remote_code)
+    base = load_base(keeps, trust_remote_code=trust_remote_code)
     if into == "dequantized":
         base = cast(PreTrainedModel, cast(Any, base).dequantize(dtype=torch.float32))
     adapted = put_adapter(base, folder)

@@ -170,9 +170,9 @@ def load_exported(
         info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if any((folder / name).is_file() for name in (ADAPTER_FILE, SETTINGS_FILE)):
-            model = load_adapter(folder, info, trust_remote_code)
+            model = load_adapter(folder, info, trust_remote_code=trust_remote_code)
         else:
-            model = load_whole(folder, info, trust_remote_code)
+            model = load_whole(folder, info, trust_remote_code=trust_remote_code)
     except SamestepError:
         raise
     except FileNotFoundError as error:
@@ -186,10 +186,10 @@ def load_exported(
     return model.eval(), tokenizer, info
 
 
-def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
+def load_whole(folder: Path, info: Mapping[str, Any], *, trust_remote_code: bool) -> nn.Module:
     """The model of a full or head run."""
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    loader = model_loader(model_settings(str(folder), info, trust_remote_code), architecture)
+    loader = model_loader(model_settings(str(folder), info, trust_remote_code=trust_remote_code), architecture)
     model, report = loader.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
     )
@@ -200,9 +200,9 @@ def load_whole(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -
     return cast(nn.Module, model)
 
 
-def load_adapter(folder: Path, info: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
+def load_adapter(folder: Path, info: Mapping[str, Any], *, trust_remote_code: bool) -> nn.Module:
     """The base model that samestep.json names, quantized as it says, with the adapter on it."""
-    model = put_adapter(load_base(info, trust_remote_code), folder)
+    model = put_adapter(load_base(info, trust_remote_code=trust_remote_code), folder)
     if info.get("base_identity") is not None and identity_below(model) != info["base_identity"]:
         raise CheckpointError(
             f"{folder}: this adapter was trained on other weights than {info['base']} holds now; put its own base there"
@@ -235,9 +235,9 @@ def put_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return cast(nn.Module, adapted)
 
 
-def load_base(info: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+def load_base(info: Mapping[str, Any], *, trust_remote_code: bool) -> PreTrainedModel:
     """The base model of an exported adapter, as it was while the adapter was trained."""
-    base = model_settings(info["base"], info, trust_remote_code)
+    base = model_settings(info["base"], info, trust_remote_code=trust_remote_code)
     architecture = load_architecture(base, info.get("label_names", ()), target=info.get("target"))
     quantization = None
     if info.get("quantization"):
@@ -246,7 +246,7 @@ def load_base(info: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedMod
     return load_weights(base, architecture, quantization)[0]
 
 
-def model_settings(source: str, info: Mapping[str, Any], trust_remote_code: bool) -> ModelConfig:
+def model_settings(source: str, info: Mapping[str, Any], *, trust_remote_code: bool) -> ModelConfig:
     """What samestep.json says of a model, for another source."""
     names = {name: info[name] for name in ("task", "pooling", "head_layers") if name in info}
     return ModelConfig(source=source, trust_remote_code=trust_remote_code, **names)

@@ -1,0 +1,66 @@
+"""What an accelerate configuration may set and samestep decides itself: accepted where it agrees, refused where it would be overridden.
+
+Place in the flow: `build_accelerator` asks before a model loads. Pure: takes the environment that the launcher made, changes nothing.
+Invariant: no setting that a user wrote is overridden in silence; what accelerate's own questionnaire writes unasked is no conflict.
+"""
+
+import math
+from collections.abc import Mapping
+
+from trainer.config import RunConfig
+
+UNSET = ("", "none", "auto")
+
+
+def setting_problems(environ: Mapping[str, str], config: RunConfig, world_size: int) -> list[str]:
+    """Each setting in `environ` that would be overridden: field, value, rule, fix."""
+    problems = [
+        _clipping_problem(environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"), config.optim.max_grad_norm),
+        _accumulation_problem(environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"), config, world_size),
+        *_fsdp_problems(environ),
+    ]
+    return [problem for problem in problems if problem]
+
+
+def _clipping_problem(value: str, max_grad_norm: float | None) -> str | None:
+    if value in UNSET or float(value) == (max_grad_norm or 0.0):
+        return None
+    return (
+        f"deepspeed_config.gradient_clipping ({value}) must be optim.max_grad_norm ({max_grad_norm}), which clips on every backend; "
+        f"leave it out, and set optim.max_grad_norm={value if float(value) else 'none'}"
+    )
+
+
+def _accumulation_problem(value: str, config: RunConfig, world_size: int) -> str | None:
+    """1 is what the questionnaire writes."""
+    largest_share = math.ceil(config.train.global_batch_size / world_size)
+    ours = math.ceil(largest_share / (config.train.micro_batch_size or largest_share))
+    if value in (*UNSET, "1", str(ours)):
+        return None
+    train = config.train
+    return (
+        f"deepspeed_config.gradient_accumulation_steps ({value}) must be what follows from train.global_batch_size "
+        f"({train.global_batch_size}), train.micro_batch_size ({train.micro_batch_size}) and {world_size} process(es), {ours}; "
+        f"leave it out, and set train.micro_batch_size={math.ceil(largest_share / max(1, int(value)))}"
+    )
+
+
+def _fsdp_problems(environ: Mapping[str, str]) -> list[str]:
+    problems = []
+    policy = environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+    if policy == "SIZE_BASED_WRAP":
+        problems.append(
+            f"fsdp_config.fsdp_auto_wrap_policy ({policy}) is not supported: samestep wraps the model's repeated blocks; "
+            "set it to TRANSFORMER_BASED_WRAP or NO_WRAP"
+        )
+    if environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true":
+        problems.append(
+            "fsdp_config.fsdp_activation_checkpointing (true) is not supported: recomputing belongs to the recipe, on every backend; "
+            "set it to false, and model.gradient_checkpointing=true"
+        )
+    ignored = environ.get("FSDP_IGNORED_MODULES", "")
+    if ignored:
+        problems.append(
+            f"fsdp_config.fsdp_ignored_modules ({ignored}) is not supported: every parameter is sharded; leave it out"
+        )
+    return problems
