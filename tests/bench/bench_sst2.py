@@ -59,7 +59,6 @@ from trainer.task.classification import ClassificationTask
 
 PARTS = ("speed", "predict", "ddp")
 NUM_SENTENCES = 1000
-NUM_ONE_AT_A_TIME = 100  # of them, for the slow loop; sentences per second are compared
 SEEDS = (0, 1, 2)
 LONGEST_S = 4 * 3600  # full training on one thread
 
@@ -104,7 +103,6 @@ def show_all(job: Job, speed: Values, predict: Values, ddp: Values) -> None:
         show(f"Training, {job.num_samples:,} samples, {job.num_threads} threads", speed, "samples/s")
     if predict:
         show(f"Prediction, {job.num_threads} threads", predict, "sentences/s")
-        say(f"one at a time: {NUM_ONE_AT_A_TIME} of the {NUM_SENTENCES} sentences, scaled")
     if ddp:
         show(f"DDP, {job.num_samples:,} samples, one thread a rank", ddp, "samples/s")
 
@@ -139,7 +137,8 @@ def measure_prediction(job: Job, rounds: int) -> Values:
     return in_turn(
         {
             "samestep": lambda: run_ranks(predictor_speed, "single", 1, args=(job,), timeout_s=600)[0],
-            "one at a time, 128 tokens": lambda: run_ranks(loop_speed, "single", 1, args=(job,), timeout_s=600)[0],
+            "one at a time, 128 tokens": lambda: one_at_a_time(job, merged=False),
+            "the same, adapter merged": lambda: one_at_a_time(job, merged=True),
         },
         rounds,
     )
@@ -228,11 +227,20 @@ def exported(job: Job, data: ClassificationSet, folder: Path) -> Path:
     return folder
 
 
-def loop_speed(job: Job) -> float:
-    """Sentences per second of transformers and PEFT, one sentence at a time, padded to 128 tokens."""
+def one_at_a_time(job: Job, *, merged: bool) -> float:
+    """`loop_speed` in a process of its own."""
+    return run_ranks(loop_speed, "single", 1, args=(job, merged), timeout_s=600)[0]
+
+
+def loop_speed(job: Job, merged: bool) -> float:
+    """Sentences per second of transformers and PEFT, one at a time, padded to 128 tokens.
+
+    merged: into its base, as samestep's predictor does it by itself; PeftModel.from_pretrained leaves an adapter beside.
+    """
     accelerator, data = set_up(job)
-    texts = read_splits(job.config.data).train.texts[:NUM_ONE_AT_A_TIME]
-    model, tokenizer = hf_model(job.config, data).eval().to(accelerator.device), data.tokenizer
+    texts = read_splits(job.config.data).train.texts[:NUM_SENTENCES]
+    made, tokenizer = hf_model(job.config, data), data.tokenizer
+    model = (made.merge_and_unload() if merged else made).eval().to(accelerator.device)
 
     def predict(text: str) -> int:
         inputs = tokenizer(text, padding="max_length", max_length=128, truncation=True, return_tensors="pt")
