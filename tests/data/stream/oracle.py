@@ -144,7 +144,7 @@ def labels_of(rules: Rules, count: int) -> list[int]:
 
 
 def shares_of(weights: list[float]) -> list[Fraction]:
-    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    exact = [Fraction(str(weight)) for weight in weights]
     return [one / sum(exact) for one in exact]
 
 

@@ -95,7 +95,7 @@ def sparse_shard(folder: Path, number: int) -> Shard:
     name, tokens = f"shard-{number}", SHARD_BYTES // 2
     with (folder / f"{name}.bin").open("wb") as file:
         file.truncate(SHARD_BYTES)
-    lengths = np.random.default_rng([number, *folder.name.encode()]).lognormal(6.2, 0.9, tokens // 500)
+    lengths = np.random.default_rng([number, *folder.name.encode()]).lognormal(6.287, 0.9, tokens // 500)
     ends = np.cumsum(np.clip(lengths.astype(np.int64), 1, LENGTH))
     ends = np.append(ends[ends < tokens], tokens).astype("<u8")
     (folder / f"{name}.ends").write_bytes(ends.tobytes())
