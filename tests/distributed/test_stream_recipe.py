@@ -103,14 +103,13 @@ def test_killed_on_two_ranks_and_resumed_on_one_and_then_three(
         for of_rank in seen:
             for number, row in of_rank.items():
                 assert number >= NUM_STEPS * BATCH or row == expected[number]  # one step is read ahead
-    steps = [[step for step in whole_steps(seen) if step] for seen in parts]  # step 0 settles a resumed engine
-    assert steps[0][:4] == [1, 2, 3, 4]
-    assert 2 <= steps[1][0] <= 4, "it began with a checkpoint"
-    assert steps[0][0] < steps[1][0] < steps[2][0], "each went on from a later step"
-    assert steps[2][-1] == NUM_STEPS - 1
+    assert whole_steps(parts[0])[:5] == [0, 1, 2, 3, 4]
+    steps = [[step for step in whole_steps(seen) if step > 1] for seen in parts]  # the first settle a resumed engine
+    assert steps[1][0] in (2, 4), "it began with a checkpoint"
+    assert steps[1][0] < steps[2][0], "and so did the next, with a later one"
     for one in steps:
         assert one == list(range(one[0], one[-1] + 1))
-    assert sorted({step for one in steps for step in one}) == list(range(1, NUM_STEPS))
+    assert {step for one in steps for step in one} == set(range(2, NUM_STEPS))
     lines = metrics_of(run)
     assert len(lines) == len(metrics_of(whole)) > NUM_STEPS
     for line, wanted in zip(lines, metrics_of(whole), strict=True):
