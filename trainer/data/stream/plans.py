@@ -5,7 +5,7 @@ made again. So none is synced, and a full or read-only folder costs only time.
 """
 
 import hashlib
-import os
+import secrets
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def write_words(path: Path, words: Ints, more: bytes = b"") -> None:
     """One file of int64 and what else is to lie behind them: temporary, renamed. What cannot be written is left out."""
     body = words.astype("<i8")
     head = np.array([digest_of(body.data), len(body)], "<i8")
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # process numbers are not unique on a shared disk
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with fresh.open("wb") as file:
