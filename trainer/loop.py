@@ -18,11 +18,12 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.own import rank_seed, seed_generators
 from trainer.checkpoint.resume import Start
 from trainer.config import RunConfig
-from trainer.data.batches import IGNORED, micro_batches
+from trainer.data.batches import micro_batches
 from trainer.data.prefetch import Prefetch
 from trainer.divergence import judge_step
 from trainer.errors import DataError, DivergedError
 from trainer.faults import fault_point
+from trainer.loss import count_targets
 from trainer.model.identity import base_identity
 from trainer.optim import build_optimizer, count_steps, lr_of_step
 from trainer.output import RunOutput
@@ -297,8 +298,3 @@ class Trainer:
             self.output.stopped(progress)
         else:
             self.output.report(progress)
-
-
-def count_targets(batch: dict[str, Tensor]) -> int:
-    """Examples or tokens of a CPU batch that count in the loss."""
-    return int((batch["labels"] != IGNORED).sum())

@@ -1,4 +1,4 @@
-"""One token dataset of a stream: its manifest, packing plans, the order of its rows, and its open shards. Local to the process."""
+"""One token dataset of a stream: its catalog, packing plans, the order of its rows, and its open shards. Local to the process."""
 
 import threading
 from collections import OrderedDict
