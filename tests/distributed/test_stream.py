@@ -147,7 +147,7 @@ LINKS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(links=LINKS, batch=st.integers(4, 9), packing=st.sampled_from(["best_fit", "concat"]), seed=st.integers(0, 99))
 def test_a_chain_of_topologies_reads_every_sample_of_the_oracle_once(
     links: list[dict[str, Any]], batch: int, packing: str, seed: int, root: Path
