@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from trainer.data.assets import asset_path
 from trainer.data.stream.adopt import adopt as adopt_folder
-from trainer.data.stream.packing import make_plan
+from trainer.data.stream.packing import make_plan, padding_of
 from trainer.data.stream.shards import DatasetManifest, ShardReader, read_manifest, verify_dataset, write_file
 from trainer.data.stream.tokenize import Tally, describe_tokenizer
 from trainer.data.stream.tokenize import tokenize as tokenize_documents
@@ -55,7 +55,9 @@ def tokenize(
 
         def watch(tally: Tally) -> None:
             speed = tally.tokens / max(time.monotonic() - began, 1e-9)
-            words = f"{tally.documents:,} documents, {tally.tokens:,} tokens, {speed:,.0f} tokens/s"
+            words = (
+                f"{tally.documents:,} documents ({tally.empty:,} empty), {tally.tokens:,} tokens, {speed:,.0f} tokens/s"
+            )
             bar.update(task, description=words)
 
         manifest = tokenize_documents(
@@ -108,9 +110,10 @@ def stats(
         plans = [make_plan(shard, sequence_length, packing) for shard in ends]
         rows = sum(plan.num_rows for plan in plans)
         held = sum(int(plan.lengths.sum()) for plan in plans)
-        padding = 1 - held / max(rows * sequence_length, 1)
         left = manifest.num_tokens - held
-        print(f"{packing}: {rows:,} rows of {sequence_length:,}, {padding:.3%} padding, {left:,} tokens left over")
+        print(
+            f"{packing}: {rows:,} rows of {sequence_length:,}, {padding_of(plans):.3%} padding, {left:,} tokens left over"
+        )
 
 
 def length_words(lengths: NDArray[np.int64]) -> str:

@@ -124,7 +124,7 @@ def describe_sample(streams: Streams, sample: int) -> Iterator[str]:
     stream = streams.train
     place = stream.place(sample)
     source = stream.sources[place.source]
-    shard = source.manifest.shards[place.shard]
+    shard = source.catalog.shard(place.shard)
     yield f"source {place.source} ({source.name}), pass {place.epoch + 1}, shard {shard.file}, row {place.row:,}"
     for start, length, ids in documents_of(stream, sample):
         document = document_number(source, place.shard, start)

@@ -184,6 +184,17 @@ def test_remaining_time_follows_the_speed_of_the_window():
     assert clock(74.4) == "0:01:14"
     assert clock(90_061) == "25:01:01"
     assert progress_words({"samples_per_s": 0.5}, None) == "0.5 samples/s"
+    values = {
+        "train/loss": 2.5,
+        "train/bits_per_byte": 1.25,
+        "tokens_per_s": 12,
+        "tokens_seen": 34567,
+        "train/padding": 0.01,
+    }
+    assert (
+        progress_words(values, None)
+        == "loss 2.5000 nats  1.2500 bits/byte  12 tokens/s  34,567 tokens seen  padding 1.00%"
+    )
 
 
 # Libraries

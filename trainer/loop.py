@@ -18,11 +18,12 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.own import rank_seed, seed_generators
 from trainer.checkpoint.resume import Start
 from trainer.config import RunConfig
-from trainer.data.batches import IGNORED, micro_batches
+from trainer.data.batches import micro_batches
 from trainer.data.prefetch import Prefetch
 from trainer.divergence import judge_step
-from trainer.errors import DivergedError
+from trainer.errors import DataError, DivergedError
 from trainer.faults import fault_point
+from trainer.loss import count_targets
 from trainer.model.identity import base_identity
 from trainer.optim import build_optimizer, count_steps, lr_of_step
 from trainer.output import RunOutput
@@ -37,7 +38,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module, task: Task) -> None:
         self.config, self.accelerator, self.task = config, accelerator, task
-        identity = {"base": base_identity(model), "data": task.identity()}
+        identity = {"base": base_identity(model), **task.identity()}
         optimizer = build_optimizer(model, config, fused=accelerator.device.type in ("cpu", "cuda"))
         self.engine = build_engine(accelerator, model, optimizer)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
@@ -146,12 +147,14 @@ class Trainer:
         self.progress.begin_step()
         self.engine.heartbeat.beat(f"reading the data of step {self.progress.step + 1}")
         fault_point("data", self.rank)
-        batches = self.micro_batches_of_step(self.progress.step)
+        batches, problem = self.batches_or_problem(self.progress.step)
         local_targets = sum(count_targets(batch) for batch in batches)
-        flags = [self.stop_seen(), self.checkpoints.has_failed]
-        num_targets, num_stops, num_failed = self.engine.sum_over_ranks([float(n) for n in (local_targets, *flags)])
-        if num_failed:
-            self.checkpoints.wait()  # raises on all ranks
+        flags = [self.stop_seen(), self.checkpoints.has_failed, problem is not None]
+        sums = self.engine.sum_over_ranks([float(number) for number in (local_targets, *flags)])
+        num_targets, num_stops, num_failed, num_unread = sums
+        if num_failed or num_unread:
+            self.checkpoints.wait()  # where a save failed, it raises on all ranks
+            self.checkpoints.raise_together(problem, DataError)
         for position, batch in enumerate(batches):
             with self.engine.micro_batch(last=position == len(batches) - 1):
                 loss = self.loss_sum(batch)
@@ -216,6 +219,13 @@ class Trainer:
         self.progress.num_samples += len(ids)
         return self.prefetch.at(step)
 
+    def batches_or_problem(self, step: int) -> tuple[list[dict[str, Tensor]], str | None]:
+        """The same, or what is wrong with the data: this rank's alone, which the others must be told."""
+        try:
+            return self.micro_batches_of_step(step), None
+        except DataError as error:
+            return [], f"{error} (found by rank {self.rank})" if self.world_size > 1 else str(error)
+
     def read_step(self, step: int) -> list[dict[str, Tensor]]:
         """The same, without noting it; runs in a thread, ahead of its step."""
         shares = micro_batches(self.global_batch(step), self.rank, self.world_size, self.config.train.micro_batch_size)
@@ -236,13 +246,16 @@ class Trainer:
         """Write the sums over all ranks since the last call. Collective."""
         window, progress, names = self.progress.window, self.progress, self.task.count_names
         sums = [window.loss_sum, window.num_targets, *(window.counts.get(name, 0.0) for name in names)]
-        loss_sum, num_targets, *counts = self.engine.sum_over_ranks([float(number) for number in sums])
+        loss_sum, num_targets, *rest = self.engine.sum_over_ranks([float(number) for number in sums])
+        counts = dict(zip(names, rest, strict=True))
+        progress.num_tokens += int(counts.get("tokens", 0))
         loss = loss_sum / max(num_targets, 1)
         seconds = max(window.elapsed_s, 1e-9)
         values = {
             "epoch": round(progress.step / self.task.steps_per_epoch, 4),
             "train/loss": loss,
-            **self.task.train_metrics(loss, num_targets, dict(zip(names, counts, strict=True)), seconds),
+            **self.task.train_metrics(loss, num_targets, counts, seconds),
+            **({"tokens_seen": progress.num_tokens} if "tokens" in counts else {}),
             "train/lr": progress.lr,
             "train/grad_norm": progress.grad_norm,
             "samples_per_s": window.num_samples / seconds,
@@ -285,8 +298,3 @@ class Trainer:
             self.output.stopped(progress)
         else:
             self.output.report(progress)
-
-
-def count_targets(batch: dict[str, Tensor]) -> int:
-    """Examples or tokens of a CPU batch that count in the loss."""
-    return int((batch["labels"] != IGNORED).sum())

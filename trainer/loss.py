@@ -79,3 +79,8 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
         logits[:, -labels.shape[1] :].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view(labels.shape)
+
+
+def count_targets(batch: dict[str, Tensor]) -> int:
+    """Examples or tokens of a CPU batch that count in the loss."""
+    return int((batch["labels"] != IGNORED).sum())

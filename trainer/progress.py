@@ -52,6 +52,8 @@ class Counters:
     """Samples seen, over all ranks."""
     num_targets: int = 0
     """Targets seen, over all ranks."""
+    num_tokens: int = 0
+    """Tokens seen up to the last log line, over all ranks, without padding; 0 where the task counts none."""
     best_metric: float | None = None
     best_step: int = 0
     evaluated_step: int = -1

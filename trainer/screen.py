@@ -83,16 +83,22 @@ def announce(message: str, *, is_main: bool) -> None:
 
 
 def progress_words(values: Mapping[str, float], remaining_s: float | None) -> str:
-    """Loss, learning rate, speed and remaining time in words; other values are for metrics.jsonl."""
+    """Loss, learning rate, speed, tokens and remaining time in words; other values are for metrics.jsonl."""
     words = []
     if "train/loss" in values:
-        words.append(f"loss {values['train/loss']:.4f}")
+        words.append(f"loss {values['train/loss']:.4f}" + (" nats" if "train/bits_per_byte" in values else ""))
+    if "train/bits_per_byte" in values:
+        words.append(f"{values['train/bits_per_byte']:.4f} bits/byte")
     if "train/lr" in values:
         words.append(f"lr {values['train/lr']:.1e}")
     unit = "tokens" if "tokens_per_s" in values else "samples"
     if f"{unit}_per_s" in values:
         speed = values[f"{unit}_per_s"]
         words.append(f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s")
+    if "tokens_seen" in values:
+        words.append(f"{values['tokens_seen']:,} tokens seen")
+    if "train/padding" in values:
+        words.append(f"padding {values['train/padding']:.2%}")
     if remaining_s is not None:
         words.append(f"eta {clock(remaining_s)}")
     return "  ".join(words)

@@ -1,5 +1,6 @@
 """The language task's numbers, against plain torch and plain text."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,13 @@ def test_without_samples_there_is_one_row_without_targets(task: ClmTask) -> None
     assert (batch["labels"] == -100).all()
     assert set(task.model_inputs(batch)) == {"input_ids", "position_ids"}
     assert [float(count) for count in task.counts(None, batch)][:2] == [0, 0]
+
+
+def test_a_checkpoint_knows_the_datasets_by_their_ids_in_less_than_a_kilobyte(task: ClmTask) -> None:
+    identity, streams = task.identity(), task.streams
+    assert identity["data.sources[0]"] == streams.train.sources[0].catalog.dataset_id
+    assert identity["data.validation"] == streams.validation.sources[0].catalog.dataset_id
+    assert len(json.dumps(identity)) < 1000
 
 
 def test_counts_become_bits_per_byte_and_padding(task: ClmTask) -> None:

@@ -126,6 +126,6 @@ def test_only_training_data_is_changed_and_its_order_is_not(root: Path) -> None:
 
 
 def test_a_checkpoint_of_other_synonyms_is_of_other_data(root: Path) -> None:
-    first, plain = make(root, "synonyms").identity(), make(root).identity()
+    first, plain = make(root, "synonyms").identity()["data"], make(root).identity()["data"]
     (root / "synonyms.tsv").write_text("film\tstory\n", encoding="utf-8")
-    assert len({first, plain, make(root, "synonyms").identity()}) == 3
+    assert len({first, plain, make(root, "synonyms").identity()["data"]}) == 3

@@ -18,9 +18,13 @@ def check_identity(folder: Path, state: TrainingState, identity: Mapping[str, st
             f"{folder} was trained on another base model than model.source ({config.model.source}) is now; "
             "give the base it was trained on, or set train.resume=never"
         )
-    if state.identity.get("data") != identity.get("data"):
+    names = sorted((state.identity.keys() | identity.keys()) - {"base"})
+    changed = [name for name in names if state.identity.get(name) != identity.get(name)]
+    if changed:
+        ids = [f"{n} was dataset {state.identity.get(n)} and is {identity.get(n)}" for n in changed if n != "data"]
+        words = f" ({'; '.join(ids)})" if ids else ""
         raise CheckpointError(
-            f"{folder} was trained on other data than the settings of section data name now; "
+            f"{folder} was trained on other data than the settings of section data name now{words}; "
             "give the same data, or set train.resume=never"
         )
 

@@ -23,7 +23,7 @@ class TrainingState(Strict):
     good_steps: int
     """Since the scale last fell."""
     identity: dict[str, str | None]
-    """Digests of `base` (frozen weights; None without any) and `data`."""
+    """Digests of `base` (frozen weights; None without any) and `data`; ids of token datasets by the settings that name them."""
     config: dict[str, Any]
     """The resolved settings of the run."""
 

@@ -140,13 +140,13 @@ class StreamData(Section):
     """Mean length of the spans of span_corruption and infilling, tokens."""
     whole_words: bool = False
     """Mask all tokens of a word or none, for masked tokens."""
-    sources: tuple[str, ...] = ("asset:stdlib",)
+    sources: Annotated[tuple[str, ...], MayChange] = ("asset:stdlib",)
     """Folders or URLs of token datasets, all made with one tokenizer; `asset:stdlib` is the running Python's standard library."""
     weights: tuple[NonNegativeFloat, ...] | None = None
     """Share of the rows from each source, in any unit. None: in proportion to their tokens."""
     later_weights: tuple[str, ...] = ()
     """Other weights from a sample on, as `SAMPLE:WEIGHT/WEIGHT`, such as `100000:1/3` for two sources."""
-    validation: str = "asset:stdlib-validation"
+    validation: Annotated[str, MayChange] = "asset:stdlib-validation"
     """The token dataset that is evaluated, in its own order."""
     validation_rows: Annotated[PositiveInt | None, MayChange] = 256
     """Most rows of an evaluation. None: all."""
@@ -156,7 +156,7 @@ class StreamData(Section):
     """`best_fit` cuts no document that fits a row (arXiv 2404.10830); `concat` cuts the concatenation of all."""
     isolate: bool = True
     """Documents of a row do not see each other: attention and positions start anew with each."""
-    max_epochs: PositiveFloat = 1.0
+    max_epochs: Annotated[PositiveFloat, MayChange] = 1.0
     """Most passes over any source; a run that needs more is refused."""
     shuffle_window: PositiveInt = 8
     """Shards whose rows are shuffled together."""

@@ -73,13 +73,13 @@ class ClassificationTask:
     def steps_per_epoch(self) -> int:
         return self.batches.per_epoch
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         digest, train = hashlib.sha256(), self.data.train
         for array in (train.tokens, train.offsets, train.labels):
             digest.update(array.tobytes())
         if self.data.augmenter is not None:
             digest.update(self.data.augmenter.digest())
-        return digest.hexdigest()
+        return {"data": digest.hexdigest()}
 
     def model_info(self) -> dict[str, object]:
         assert isinstance(self.config.data, ClassificationData)

@@ -166,8 +166,12 @@ class ClmTask(LanguageTask):
         vocab_size = streams.train.tokenizer.vocabulary
         super().__init__(config, load_data_tokenizer(streams), vocab_size, steps_per_epoch=streams.steps_per_epoch)
 
-    def identity(self) -> str:
-        return self.streams.train.identity
+    def identity(self) -> dict[str, str]:
+        data = self.config.data
+        assert isinstance(data, StreamData)
+        train, validation = self.streams.train, self.streams.validation
+        ids = {f"data.sources[{n}]": source.catalog.dataset_id for n, source in enumerate(train.sources)}
+        return {"data": train.identity, **ids, "data.validation": validation.sources[0].catalog.dataset_id}
 
     def tokenizer_files(self) -> dict[str, bytes]:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.tokenizer.eos_token}
@@ -274,8 +278,8 @@ def describe(config: RunConfig, streams: Streams) -> str:
     total = sum(streams.train.mixture.shares[0])
     for number, (name, source) in enumerate(zip(data.sources, streams.train.sources, strict=True)):
         share = float(streams.train.mixture.shares[0][number] / total)
-        tokens = f"{source.manifest.num_tokens:,} tokens in {len(source.manifest.shards)} shard(s)"
-        lines.append(f"{name}, {tokens}, {sum(source.rows):,} rows, weight {share:.1%}")
+        tokens = f"{source.catalog.num_tokens:,} tokens in {len(source.catalog.tokens)} shard(s)"
+        lines.append(f"{name}, {tokens}, {source.num_rows:,} rows, weight {share:.1%}")
     held_out = f"validation: {data.validation}, {streams.validation_rows:,} of {sum(streams.validation.rows):,} rows"
     isolated = "documents isolated" if data.isolate else "documents see each other"
     rows = f"rows of {data.sequence_length} tokens, {data.packing}, {isolated}; tokenizer of {streams.train.tokenizer.vocabulary:,}"

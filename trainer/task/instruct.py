@@ -56,13 +56,13 @@ class InstructTask(LanguageTask):
     def usage(self, folder: Path) -> str:
         return f'samestep predict {folder} --chat "your question"'
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         digest = hashlib.sha256()
         for sample in self.data.train.samples:
             digest.update(sample.ids.tobytes())
             digest.update(sample.is_target.tobytes())
         digest.update(repr(self.data.train.rows).encode())
-        return digest.hexdigest()
+        return {"data": digest.hexdigest()}
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return {TEMPLATE: str(self.tokenizer.chat_template).encode()}

@@ -41,10 +41,10 @@ class LiveTask(LanguageTask):
         self.states: dict[int, dict[str, Any]] = {}
         super().__init__(config, tokenizer, len(cast(Any, tokenizer)), steps_per_epoch=config.train.max_steps)
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         """Of what is asked for; a stream's content is not known before it is read."""
         facts = [self.data.model_dump(mode="json", exclude={"validation_rows"}), len(cast(Any, self.tokenizer))]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return {"data": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return {}

@@ -55,8 +55,8 @@ class Task(Protocol):
     report_split: SplitName
     """What the exported model is tested on at the end."""
 
-    def identity(self) -> str:
-        """Digest of the training data; a checkpoint belongs to it."""
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint belongs to: under `data` a digest of the training data, under names of settings those of what they name."""
 
     def model_info(self) -> dict[str, object]:
         """What prediction needs to know, for model/samestep.json."""

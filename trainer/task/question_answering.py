@@ -60,11 +60,11 @@ class QuestionAnsweringTask:
     def steps_per_epoch(self) -> int:
         return self.batches.per_epoch
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         digest, train = hashlib.sha256(), self.train
         for array in (train.tokens, train.offsets, train.labels):
             digest.update(array.tobytes())
-        return digest.hexdigest()
+        return {"data": digest.hexdigest()}
 
     def model_info(self) -> dict[str, object]:
         names = ("max_length", "stride", "max_answer_length")

@@ -56,12 +56,12 @@ class Seq2SeqTask(LanguageTask):
     def usage(self, folder: Path) -> str:
         return f'samestep predict {folder} "your text"'
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         digest = hashlib.sha256()
         for part in (self.data.train.texts, self.data.train.targets):
             digest.update(part.tokens.tobytes())
             digest.update(part.offsets.tobytes())
-        return digest.hexdigest()
+        return {"data": digest.hexdigest()}
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return {}

@@ -67,11 +67,11 @@ class TokenClassificationTask:
         """The token that fills short sentences; the attention mask hides it."""
         return int(self.tokenizer.pad_token_id or 0)
 
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         digest, train = hashlib.sha256(), self.sets["train"]
         for array in (train.tokens, train.offsets, train.labels):
             digest.update(array.tobytes())
-        return digest.hexdigest()
+        return {"data": digest.hexdigest()}
 
     def model_info(self) -> dict[str, object]:
         return {"label_names": list(self.label_names), "max_length": self.settings.max_length}

@@ -40,7 +40,7 @@ def config_of(root: Path, train: dict[str, Any] | None = None, **data: Any) -> R
 
 def test_sources_count_by_their_tokens_unless_weights_say_otherwise(root: Path) -> None:
     opened = open_streams(config_of(root))
-    tokens = [source.manifest.num_tokens for source in opened.train.sources]
+    tokens = [source.catalog.num_tokens for source in opened.train.sources]
     counts = opened.train.mixture.counts(10_000)
     assert counts[0] / 10_000 == pytest.approx(tokens[0] / sum(tokens), abs=1e-3)
     weighted = open_streams(config_of(root, weights=(1, 3), later_weights=("5000:1/0",), max_epochs=9))

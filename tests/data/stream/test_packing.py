@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.stream.packing import Plan, best_fit_rows, make_plan
+from trainer.data.stream.packing import Plan, best_fit_rows, make_plan, padding_of
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 
@@ -52,7 +52,7 @@ def test_best_fit_holds_every_token_once_and_cuts_only_long_documents(lengths: l
 def test_concat_fills_every_row_and_leaves_less_than_one_over(lengths: list[int]) -> None:
     plan = make_plan(np.cumsum(np.array(lengths, np.int64)), 16, "concat")
     assert tokens_of(plan) == list(range(sum(lengths) // 16 * 16))
-    assert plan.padding_fraction == 0 or plan.num_rows == 0
+    assert padding_of([plan]) == 0 or plan.num_rows == 0
     starts = set(np.cumsum(lengths).tolist()) | {0}
     inside = [s for s in plan.starts.tolist() if s % 16]
     assert set(inside) <= starts
@@ -66,7 +66,7 @@ def test_documents_of_the_specification_pack_fast_and_full() -> None:
     plan = make_plan(ends, 2048, "best_fit")
     documents_per_s = len(lengths) / (time.process_time() - began)
     assert len(plan.lengths) == len(lengths)  # none was cut
-    assert plan.padding_fraction <= 0.001
+    assert padding_of([plan]) <= 0.001
     assert documents_per_s >= 500_000
 
 

@@ -3,7 +3,7 @@
 import io
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,3 +211,42 @@ def test_a_cache_that_cannot_be_written_is_an_error(dataset: Path, tmp_path: Pat
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(DataError, match=r"set data\.cache"):
         open_remote(tmp_path)
+
+
+def test_two_passes_give_up_the_shard_that_is_needed_last_and_not_the_one_used_longest_ago(
+    dataset: Path, tmp_path: Path
+) -> None:
+    shards = read_manifest(dataset).shards
+    sizes = [2 * shard.tokens for shard in shards]
+    limit, uses = 3.5 * max(sizes), [*range(len(shards))] * 2
+    found = open_remote(tmp_path, limit_bytes=limit)
+    for place, number in enumerate(uses):
+        found.fetch(number, uses[place:])
+        assert bytes_held(found.folder) <= limit
+    fetched = sum(UnreliableFileSystem.given[shard.file] for shard in shards)
+    used_longest_ago = fetches(uses, sizes, limit, lambda shard, place: -latest(uses[:place], shard))
+    needed_last = fetches(uses, sizes, limit, lambda shard, place: first(uses[place:], shard))
+    assert fetched == needed_last < used_longest_ago == len(uses)
+
+
+def fetches(uses: list[int], sizes: list[int], limit: float, rank: Callable[[int, int], int]) -> int:
+    """How often a cache of so many bytes fetches, which gives up the shard of the highest rank(shard, place in `uses`)."""
+    held: set[int] = set()
+    count = 0
+    for place, number in enumerate(uses):
+        if number not in held:
+            count += 1
+            while held and sum(sizes[shard] for shard in held | {number}) > limit:
+                held.remove(max(held, key=lambda shard: rank(shard, place)))
+            held.add(number)
+    return count
+
+
+def first(uses: list[int], shard: int) -> int:
+    """Uses until it is used; beyond all where it is not."""
+    return uses.index(shard) if shard in uses else len(uses)
+
+
+def latest(uses: list[int], shard: int) -> int:
+    """Place of its last use."""
+    return max(place for place, used in enumerate(uses) if used == shard)

@@ -1,8 +1,9 @@
 """Which source the g-th sample of a mixture comes from, and its how-manieth it is: a pure function of the weights.
 
-The sequence is cut into blocks. Of each block a source gets its share by integer cumulative targets (largest remainder), so at every
-block's end the realised number is within one sample of weight x position; inside a block the labels are permuted. Nothing is
-replayed to seek: the count of a source before a block is its cumulative target.
+The sequence is cut into blocks. At every block's end the realised number of a source is its cumulative target, weight x position rounded
+to whole samples and so within one of it; inside a block the labels are permuted. Nothing is replayed to seek: the count of a source
+before a block is its cumulative target. Cumulative shares are rounded, not remainders ranked: ranking, done for every end alone, could
+give a source less at one end than at the end before.
 """
 
 import math

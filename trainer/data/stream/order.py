@@ -7,6 +7,7 @@ shards open at a time. Both are keyed permutations (a Feistel network on the ind
 Invariant: for every (seed, epoch), k -> (shard, row) is one to one onto all rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from trainer.data.batches import mix_words
 
 MASK = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+PART = 2**16  # numbers that are permuted at once: a million shards need no more memory meanwhile than these
 ROUNDS = 4  # of the Feistel network: four make it a strong pseudorandom permutation (Luby and Rackoff, 1988)
 
 
@@ -73,19 +75,19 @@ def permuted_many(indices: NDArray[np.int64], count: int, key: int) -> NDArray[n
 class SourceOrder:
     """The order of one source's rows. Cheap to make, cheap to ask: memory O(number of shards)."""
 
-    rows: tuple[int, ...]
+    rows: Sequence[int] | NDArray[np.int64]
     """Of each shard."""
     seed: int
     window: int = 8
     """Shards whose rows are shuffled together."""
 
     def __post_init__(self) -> None:
-        assert self.rows and min(self.rows) >= 0 and self.window > 0
+        assert len(self.rows) and np.min(self.rows) >= 0 and self.window > 0
 
     @property
     def num_rows(self) -> int:
         """Of one epoch."""
-        return sum(self.rows)
+        return int(np.sum(self.rows))
 
     def epoch(self, number: int) -> "EpochOrder":
         """The order of one pass over the source; each pass has another."""
@@ -99,8 +101,9 @@ class EpochOrder:
         count = len(source.rows)
         shard_key, self.row_key = key_of(source.seed, epoch, 0), key_of(source.seed, epoch, 1)
         self.window = source.window
-        self.shards = permuted_many(np.arange(count), count, shard_key)
-        self.starts = np.concatenate([[0], np.cumsum(np.array(source.rows, np.int64)[self.shards])])
+        parts = [np.arange(first, min(first + PART, count)) for first in range(0, count, PART)]
+        self.shards = np.concatenate([permuted_many(part, count, shard_key) for part in parts])
+        self.starts = np.concatenate([[0], np.cumsum(np.asarray(source.rows, np.int64)[self.shards])])
         """Of each shard, in the epoch's order, and the end."""
 
     def at(self, k: int) -> tuple[int, int]:

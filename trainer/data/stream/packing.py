@@ -6,6 +6,7 @@ Modeling, arXiv 2404.10830): a document that fits into a row is never cut. Pure:
 Invariant: every token of every document lies in exactly one row, but for the tail that `concat` leaves over.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,9 +47,17 @@ class Plan:
         return np.repeat(np.arange(len(rows)), counts), self.starts[pieces], self.lengths[pieces]
 
     @property
-    def padding_fraction(self) -> float:
-        """Share of row positions without a token."""
-        return 1.0 - int(self.lengths.sum()) / max(self.num_rows * self.sequence_length, 1)
+    def num_bytes(self) -> int:
+        """Memory of its arrays."""
+        return self.row_starts.nbytes + self.starts.nbytes + self.lengths.nbytes
+
+
+def padding_of(plans: Iterable[Plan]) -> float:
+    """Share of their rows' positions without a token."""
+    held, positions = 0, 0
+    for plan in plans:
+        held, positions = held + int(plan.lengths.sum()), positions + plan.num_rows * plan.sequence_length
+    return 1 - held / max(positions, 1)
 
 
 def make_plan(document_ends: Ints, sequence_length: int, packing: Packing) -> Plan:

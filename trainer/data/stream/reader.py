@@ -1,7 +1,8 @@
 """Any sample of a mixture by its number, and from that any rank's part of any global batch.
 
-The only state is how many samples have been consumed, the same on every rank and valid for any number of them. Step g of a run with
-global batches of B reads samples g B to (g + 1) B - 1; a rank takes its slice. Local to the process; no collective.
+The only state is how many samples have been consumed, the same on every rank and valid for any number of them: step g of a run with
+global batches of B reads samples g B to (g + 1) B - 1, and a rank takes its slice. Beside the step a checkpoint holds the datasets' ids
+and `identity`. Local to the process; no collective.
 
 Invariant: a sample is a function of (datasets, settings, seed, number) alone.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.batches import IGNORED, micro_batches
+from trainer.data.batches import IGNORED
 from trainer.data.stream.mix import Mixture, Stage
 from trainer.data.stream.order import key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION
@@ -27,7 +28,6 @@ from trainer.errors import DataError
 
 __all__ = ["Batch", "Place", "Source", "Stream", "StreamSettings"]
 
-STATE_FORMAT = 1
 SEGMENT, KEPT_SEGMENTS = 4096, 2
 """Samples whose places are worked out together, and how many such are kept."""
 
@@ -48,24 +48,24 @@ class Stream:
         """stages: weights of the sources; None: in proportion to their tokens. DataError where tokenizers differ."""
         self.settings = settings
         self.sources = [Source(dataset, settings, number, plan_folder) for number, dataset in enumerate(datasets)]
-        self.tokenizer = self.sources[0].manifest.tokenizer
+        self.tokenizer = self.sources[0].catalog.tokenizer
         for source in self.sources[1:]:
-            if source.manifest.tokenizer != self.tokenizer:
+            if source.catalog.tokenizer != self.tokenizer:
                 raise DataError(
                     f"{source.folder} was tokenized with another tokenizer than {self.sources[0].folder}; tokenize both with the same"
                 )
-        tokens = tuple(float(source.manifest.num_tokens) for source in self.sources)
+        tokens = tuple(float(source.catalog.num_tokens) for source in self.sources)
         self.stages = tuple(stages or [Stage(0, tokens)])
         self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32))
         self._segments: dict[int, Segment] = {}
-        self._dtype = np.dtype(max(source.manifest.dtype for source in self.sources)).newbyteorder("<")
+        self._dtype = np.dtype(max(source.catalog.dtype for source in self.sources)).newbyteorder("<")
         ramp = np.arange(settings.sequence_length, dtype=np.int64).view(np.uint8).data
         self._ramps = [ramp[:edge] for edge in range(0, len(ramp) + 1, 8)]  # bytes of 0 to n - 1 for every n
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
         """Of each source."""
-        return tuple(sum(source.rows) for source in self.sources)
+        return tuple(source.num_rows for source in self.sources)
 
     def place(self, sample: int) -> Place:
         """Where a global sample comes from. DataError where a source would be read too often."""
@@ -149,48 +149,16 @@ class Stream:
             at += count
         return cut
 
-    def micro_batches(
-        self, first_sample: int, batch_size: int, rank: int, world_size: int, micro_batch_size: int | None
-    ) -> list[list[int]]:
-        """The samples of a rank's micro-batches of the global batch that starts at `first_sample`; as many on every rank."""
-        batch = np.arange(first_sample, first_sample + batch_size)
-        return [part.tolist() for part in micro_batches(batch, rank, world_size, micro_batch_size)]
-
     @cached_property
     def identity(self) -> str:
-        """Digest of everything that decides the samples: datasets, settings, weights, algorithm."""
+        """Digest of everything that decides the samples: datasets, settings, weights, algorithm; not how often a source may be read."""
         facts = (
-            [source.manifest.dataset_id for source in self.sources],
-            asdict(self.settings),
+            [source.catalog.dataset_id for source in self.sources],
+            asdict(self.settings) | {"max_epochs": None},
             self.stages,
             ALGORITHM_VERSION,
         )
         return hash_bytes(repr(facts).encode())
-
-    def state(self, samples: int) -> dict[str, Any]:
-        """What a checkpoint keeps: under 1 KB, the same on every rank."""
-        return {
-            "format": STATE_FORMAT,
-            "samples": samples,
-            "datasets": hash_bytes("".join(source.manifest.dataset_id for source in self.sources).encode()),
-            "identity": self.identity,
-            "seed": self.settings.seed,
-        }
-
-    def check_state(self, state: dict[str, Any]) -> int:
-        """Samples consumed, of a state of this very stream. DataError names what changed."""
-        now = self.state(0)
-        for name, what in (
-            ("format", "the format"),
-            ("datasets", "a dataset"),
-            ("seed", "data.seed"),
-            ("identity", "a data setting"),
-        ):
-            if state.get(name) != now[name]:
-                raise DataError(
-                    f"{what} changed since the checkpoint ({state.get(name)} is now {now[name]}); restore it, or start anew"
-                )
-        return int(state["samples"])
 
 
 def plain_batch(tokens: NDArray[Any], held: list[int]) -> Batch:

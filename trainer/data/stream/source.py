@@ -1,4 +1,4 @@
-"""One token dataset of a stream: its manifest, packing plans, the order of its rows, and its open shards. Local to the process."""
+"""One token dataset of a stream: its catalog, packing plans, the order of its rows, and its open shards. Local to the process."""
 
 import threading
 from collections import OrderedDict
@@ -10,15 +10,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.stream.catalog import Catalog, open_catalog
 from trainer.data.stream.order import EpochOrder, SourceOrder, key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION, Packing, Plan, make_plan
-from trainer.data.stream.plans import load_or_make_plan
+from trainer.data.stream.plans import load_or_make_plan, load_or_make_words
 from trainer.data.stream.remote import RemoteDataset
-from trainer.data.stream.shards import DatasetManifest, ShardReader, read_ends, read_manifest
+from trainer.data.stream.shards import ShardReader, read_ends
 from trainer.errors import DataError
 
 OPEN_SHARDS = 64
 """Open at a time, of one source: more than a few windows."""
+KEPT_PLAN_BYTES = 16 * 2**20
+"""Of the plans that one source keeps in memory: 13 of shards of 64 MB, more than a window."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,16 @@ class Place(NamedTuple):
 
 
 class Source:
-    """One dataset: manifests, plans, the order of its rows, open shards."""
+    """One dataset: catalog, plans, the order of its rows, open shards."""
 
     def __init__(
         self, dataset: Path | RemoteDataset, settings: StreamSettings, number: int, plan_folder: Path | None
     ) -> None:
-        """plan_folder: where plans are kept between starts; None keeps them in memory."""
+        """plan_folder: where catalog and plans are kept between starts; None: only in memory."""
         self.remote = dataset if isinstance(dataset, RemoteDataset) else None
         self.folder = dataset.folder if isinstance(dataset, RemoteDataset) else dataset
         self.settings, self.plan_folder = settings, plan_folder
-        self.manifest: DatasetManifest = read_manifest(self.folder)
+        self.catalog: Catalog = open_catalog(self.folder, plan_folder)
         self.window_start = -1
         self.seed = key_of(settings.seed, number)
         self.readers: OrderedDict[int, ShardReader] = OrderedDict()
@@ -72,20 +75,29 @@ class Source:
         return self.remote.url if self.remote is not None else str(self.folder)
 
     @cached_property
-    def rows(self) -> tuple[int, ...]:
-        """Of each shard."""
-        length = self.settings.sequence_length
-        if self.settings.packing == "concat":
-            return tuple(shard.tokens // length for shard in self.manifest.shards)
-        return tuple(self.plan(number).num_rows for number in range(len(self.manifest.shards)))
+    def rows(self) -> NDArray[np.int64]:
+        """Of each shard. Packed ones are counted at the first start, which makes every plan; later ones read their numbers."""
+        settings, catalog = self.settings, self.catalog
+        if settings.packing == "concat":
+            return catalog.tokens // settings.sequence_length
+        name = f"{catalog.dataset_id}-{settings.packing}-{settings.sequence_length}-{ALGORITHM_VERSION}.rows"
+        numbers = range(len(catalog.tokens))
+        return load_or_make_words(
+            self.plan_folder, name, lambda: np.array([self._load_plan(number).num_rows for number in numbers], np.int64)
+        )
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Of all shards: one pass."""
+        return int(self.rows.sum())
 
     def plan(self, shard: int) -> Plan:
-        """Of one shard; made once, then read from `plan_folder`."""
+        """Of one shard; made once, then read from `plan_folder`. As many are kept as KEPT_PLAN_BYTES hold, and the last."""
         found = self.plans.get(shard)
         if found is None:
             with self.lock:
                 found = self.plans[shard] = self._load_plan(shard)
-                if len(self.plans) > OPEN_SHARDS:
+                while len(self.plans) > 1 and sum(plan.num_bytes for plan in self.plans.values()) > KEPT_PLAN_BYTES:
                     self.plans.popitem(last=False)
         return found
 
@@ -104,7 +116,7 @@ class Source:
                 self.remote.ends(found)
             return make_plan(read_ends(self.folder, found), settings.sequence_length, settings.packing)
 
-        found = self.manifest.shards[shard]
+        found = self.catalog.shard(shard)
         key = f"{found.ends_hash}-{settings.packing}-{settings.sequence_length}-{ALGORITHM_VERSION}"
         return load_or_make_plan(self.plan_folder, key, settings.sequence_length, make)
 
@@ -118,7 +130,7 @@ class Source:
         with self.lock:
             if self.remote is not None:
                 self.fetch(self.remote, shard, epoch)
-            found = self.readers[shard] = ShardReader(self.folder, self.manifest.shards[shard], self.manifest.dtype)
+            found = self.readers[shard] = ShardReader(self.folder, self.catalog.shard(shard), self.catalog.dtype)
             if len(self.readers) > OPEN_SHARDS:
                 self.readers.popitem(last=False)
             return found
@@ -147,7 +159,7 @@ class Source:
 
     def places(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
         """(3, N) epoch, shard and row of the source's k-th samples; -1 where `check` would refuse."""
-        total = sum(self.rows)
+        total = self.num_rows
         found = np.full((3, len(ks)), -1)
         allowed = ks < self.settings.max_epochs * total
         epochs = ks // max(total, 1)
@@ -160,7 +172,7 @@ class Source:
 
     def check(self, k: int) -> None:
         """DataError for a sample after `max_epochs` passes."""
-        total = sum(self.rows)
+        total = self.num_rows
         if total == 0:
             raise DataError(
                 f"{self.name} has not one row of {self.settings.sequence_length} tokens; lower data.sequence_length"
