@@ -92,7 +92,7 @@ def set_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTo
             yield Finding(
                 "padding", f"batches hold {masked:,} targets and the samples {wanted:,}: padding hides or adds some"
             )
-    total = len(found.train.samples) + len(found.validation.samples) + found.num_left_out
+    total = len(found.conversations) - data.few_shot
     lost = found.num_cut + found.num_left_out
     if lost > MOST_LOST * total:
         yield Finding(
@@ -101,14 +101,21 @@ def set_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTo
             f"{found.num_left_out:,} of them all; raise it",
         )
     if tokenizer.chat_template is not None and not isinstance(found.format, Own):
-        probe = [Turn("user", "Hello."), Turn("assistant", "Hi."), Turn("user", "Bye."), Turn("assistant", "Bye.")]
-        own, chosen = Own(tokenizer).render(probe).text, found.format.render(probe).text
-        if own != chosen:
-            yield Finding(
-                "template",
-                f"data.template ({data.template}) writes {chosen[:SHOWN]!r}, and the template that the model was trained with and comes "
-                f"with writes {own[:SHOWN]!r}; use data.template=auto",
-            )
+        yield from template_findings(found, data, tokenizer)
+
+
+def template_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Whether the template that was chosen writes what the model's own does."""
+    probe = [Turn("user", "Hello."), Turn("assistant", "Hi."), Turn("user", "Bye."), Turn("assistant", "Bye.")]
+    chosen = found.format.render(probe).text
+    own: str | None = None
+    try:
+        own = Own(tokenizer).apply(probe)
+        words = f"and the template that the model was trained with and comes with writes {own[:SHOWN]!r}; use data.template=auto"
+    except DataError as error:
+        words = f"and of the one that the model comes with: {error}"
+    if own != chosen:
+        yield Finding("template", f"data.template ({data.template}) writes {chosen[:SHOWN]!r}, {words}")
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, found: InstructSet) -> set[int]:
@@ -117,7 +124,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, found: InstructSet) -> set[i
     rendered = found.format.render(probe)
     ((first, last),) = rendered.answers
     ids = tokenizer(rendered.text[first:last], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    special = {tokenizer.convert_tokens_to_ids(token) for token in special_texts(tokenizer, found.format)}
     return {int(number) for number in (tokenizer.eos_token_id, ids[-1]) if number is not None and number in special}
 
 
@@ -137,7 +144,7 @@ def learns_prompt(sample: Sample) -> bool:
 
 def places_with_special_tokens(found: InstructSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Conversations in which a turn's text holds the text of a special token."""
-    tokens = special_texts(tokenizer)
+    tokens = special_texts(tokenizer, found.format)
     for conversation in found.conversations:
         if any(token in turn.text for turn in conversation.turns for token in tokens):
             yield conversation.place
