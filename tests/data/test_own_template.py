@@ -104,6 +104,20 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_the_ways_out_work
     assert [finding.name for finding in findings_of(build_instruct(named, plain), named, plain)] == ["template"]
 
 
+def test_a_template_that_always_asks_for_the_next_answer_has_its_answers_end_before_that(tmp_path: Path) -> None:
+    """As Llama 3's first one did."""
+    settings = data(chats(tmp_path, turns=1), template="auto")
+    asks = "<|im_start|>assistant\n"
+    plain = chat_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + asks
+    )
+    found = build_instruct(settings, plain)
+    assert targets(found.train.samples[0])[0].endswith("<|im_end|>")
+    assert targets(found.train.samples[0])[0].count("<|im") == 1
+    assert plain.decode(found.train.samples[0].ids).count(asks) == 1
+    assert list(findings_of(found, settings, plain)) == []
+
+
 def test_examples_may_be_rewritten_since_they_are_not_learned(tmp_path: Path) -> None:
     settings = data(chats(tmp_path, turns=1), template="auto", few_shot=2, max_length=400)
     found = build_instruct(settings, chat_tokenizer(REWRITING))

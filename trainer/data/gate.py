@@ -119,13 +119,11 @@ def template_findings(found: InstructSet, data: InstructData, tokenizer: PreTrai
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, found: InstructSet) -> set[int]:
-    """Tokens that end generation: the tokenizer's end of text, and what the format ends an answer with, if that is one token."""
-    probe = [Turn("user", "a"), Turn("assistant", "b")]
-    rendered = found.format.render(probe)
-    ((first, last),) = rendered.answers
-    ids = tokenizer(rendered.text[first:last], add_special_tokens=False)["input_ids"]
+    """Tokens that end generation: the tokenizer's end of text, and what an answer ends with, if that is a special token."""
+    sample = found.train.samples[0]
+    end = int(sample.ids[sample.answers[0][1] - 1])
     special = {tokenizer.convert_tokens_to_ids(token) for token in special_texts(tokenizer, found.format)}
-    return {int(number) for number in (tokenizer.eos_token_id, ids[-1]) if number is not None and number in special}
+    return {int(number) for number in (tokenizer.eos_token_id, end) if number is not None and number in special}
 
 
 def stops(sample: Sample, stop: set[int], data: InstructData) -> bool:

@@ -193,7 +193,7 @@ class Own:
 
     @cached_property
     def after(self) -> str:
-        """What it writes behind the token that ends an answer, such as a line break: not learned, since nothing generates it."""
+        """What it writes behind the first special token after an answer, such as a line break: not learned, since that token stops."""
         mark = "an answer nobody gives"
         try:
             _, found, ending = self.apply([Turn("user", "a"), Turn("assistant", mark)]).rpartition(mark)
@@ -205,12 +205,15 @@ class Own:
             raise ConfigError(
                 f"data.template (auto): the model's own template leaves an answer's text out; use {OTHERWISE}"
             )
-        ends = [ending.rindex(token) + len(token) for token in special_texts(self.tokenizer, self) if token in ending]
+        ends = [(ending.index(token), -len(token)) for token in special_texts(self.tokenizer, self) if token in ending]
         if not ends:
             raise ConfigError(
                 f"data.template (auto): the model's own template ends an answer without a special token; use {OTHERWISE}"
             )
-        return ending[max(ends) :]
+        start, negative_length = min(
+            ends
+        )  # the first one; some templates ask for the next answer behind it in any case
+        return ending[start - negative_length :]
 
 
 OTHERWISE = "data.template=NAME data.allow=template"
