@@ -35,8 +35,8 @@ CALLS = ("tool_calls", "function_call")
 """Where a turn of messages says what it asks tools for, beside its content."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of pairs: JSON can hold one alone, text can not."""
-MOST_SHOWN = 5
-"""Mistakes of a source that are listed."""
+MOST_SHOWN, SHOWN = 5, 100
+"""Mistakes of a source that are listed, and characters of each that are shown."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,13 @@ def read_conversations(data: InstructData) -> tuple[str, list[Conversation]]:
     table, found = read_table(data)
     conversations: list[Conversation] = []
     problems = [f"{table.place(bad.line)}: {bad.reason}" for bad in table.malformed]
-    for row, line in enumerate(table.lines):
+    for number, line in enumerate(table.lines):
+        row = {name: values[number] for name, values in table.columns.items()}
         try:
-            turns = turns_of({name: values[row] for name, values in table.columns.items()}, found, data)
+            turns = turns_of(row, found, data)
             check_turns(turns)
         except DataError as error:
-            problems.append(f"{table.place(line)}: {error}")
+            problems.append(f"{table.place(line)}: {error} (it holds {str(row)[:SHOWN]})")
             continue
         conversations.append(Conversation(turns, table.place(line)))
     if problems:
