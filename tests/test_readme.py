@@ -31,7 +31,7 @@ GROUPS = ("checkpoint", "data", "adapter", "template")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 68
+    assert len(COMMANDS) == 69
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep", "sbatch")]
 
 

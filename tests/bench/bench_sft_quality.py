@@ -3,7 +3,8 @@
     python tests/bench/bench_sft_quality.py                        # about 15 minutes on 2 cores
     python tests/bench/bench_sft_quality.py train.max_steps=20     # arguments go to the recipe
 
-The last line is one JSON object: loss, stop_rate, exact_match and rouge_l before and after.
+The last line is one JSON object: loss, stop_rate, exact_match and rouge_l before and after. Exit code 1 where the loss fell by less than
+LEAST_FALL, or fewer than LEAST_STOPPED of the answers stop.
 """
 
 import json
@@ -26,10 +27,11 @@ from trainer.task import build_task
 from trainer.task.instruct import InstructTask
 
 SHOWN = ("loss", "stop_rate", "exact_match", "rouge_l")
+LEAST_FALL, LEAST_STOPPED = 0.1, 0.9
 
 
-def main() -> None:
-    """Measure the base model, train, read what the run says of the exported adapter."""
+def main() -> int:
+    """Measure the base model, train, read what the run says of the exported adapter. Returns the exit code."""
     config = resolve(RunConfig, DEFAULTS, [*sys.argv[1:], "train.resume=never"]).config
     accelerator = build_accelerator(config)
     task = build_task(config, accelerator)
@@ -45,7 +47,11 @@ def main() -> None:
     last = json.loads((config.folder / "metrics.jsonl").read_text().splitlines()[-1])
     print("after:\n" + (config.folder / "samples.txt").read_text())
     print(json.dumps({name: [round(before[name], 4), round(last[f"eval/{name}"], 4)] for name in SHOWN}))
+    is_good = last["eval/loss"] <= (1 - LEAST_FALL) * before["loss"] and last["eval/stop_rate"] >= LEAST_STOPPED
+    if not is_good:
+        print(f"the loss must fall by {LEAST_FALL:.0%} and the stop rate be {LEAST_STOPPED} or more", file=sys.stderr)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

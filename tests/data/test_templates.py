@@ -1,17 +1,18 @@
 """Templates: text and targets against golden text written by hand from the models' published formats, and against Jinja."""
 
-import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from trainer.data.assets import asset_path
 from trainer.data.conversations import Turn
-from trainer.data.rendering import Own, Structured, load_format
+from trainer.data.jinja import with_system
+from trainer.data.rendering import Structured, load_format
 from trainer.data.templates import TEMPLATES
 from trainer.errors import ConfigError, DataError
 
@@ -22,13 +23,13 @@ SPECIAL = (
 )  # fmt: skip
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
     """Every byte is a token, and every special token of every format is one id."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     plain = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(sorted(alphabet))}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
-    plain.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    plain.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
@@ -134,28 +135,75 @@ def test_alpaca_with_an_input_is_the_classic_one() -> None:
     assert "user\nTranslate to French.\n\nGood morning<|im_end|>" in chatml.render(turns).text
 
 
-texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).map(
-    lambda t: t.strip() or "x"
+TOOLS = (
+    Turn("user", " What time is it?\n"),
+    Turn("assistant", "clock() "),
+    Turn("tool", "\n12:00"),
+    Turn("assistant", "Noon."),
 )
+GOLDEN_TOOLS = {
+    "chatml": "<|im_start|>user\n What time is it?\n<|im_end|>\n<|im_start|>assistant\nclock() <|im_end|>\n"
+    "<|im_start|>tool\n\n12:00<|im_end|>\n<|im_start|>assistant\nNoon.<|im_end|>\n",
+    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nWhat time is it?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nclock()<|eot_id|>"
+    "<|start_header_id|>ipython<|end_header_id|>\n\n12:00<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nNoon.<|eot_id|>",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tool_turns_are_those_written_by_hand_or_refused(name: str) -> None:
+    """Llama 3 takes the white space off its texts, ChatML keeps it."""
+    plain = tokenizer()
+    found = Structured(name, TEMPLATES[name], plain)
+    plain.chat_template = found.jinja()
+    if name in GOLDEN_TOOLS:
+        assert found.render(TOOLS).text == GOLDEN_TOOLS[name]
+        assert plain.apply_chat_template(found.messages(TOOLS), tokenize=False) == GOLDEN_TOOLS[name]
+        return
+    with pytest.raises(DataError, match=f"template {name} has no tool turns"):
+        found.render(TOOLS)
+    with pytest.raises(TemplateError, match="not tool"):
+        plain.apply_chat_template(found.messages(TOOLS), tokenize=False)
+
+
+def test_white_space_around_a_text_is_dropped_where_the_format_drops_it() -> None:
+    spaced = [Turn(turn.role, f" \n{turn.content}\n ") for turn in LONG]
+    for name in ("llama2", "llama3", "gemma"):
+        assert Structured(name, TEMPLATES[name], tokenizer()).render(spaced).text == GOLDEN[name][2]
+    kept = Structured("chatml", TEMPLATES["chatml"], tokenizer()).render(spaced).text
+    assert "<|im_start|>assistant\n \n4\n <|im_end|>" in kept
+
+
+inside = st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")) | st.sampled_from("\n\t ")
+texts = st.text(inside, min_size=1, max_size=20).map(lambda t: t.strip() or "x")
+loose_texts = st.text(inside, min_size=1, max_size=20).map(lambda t: t if t.strip() else "x")
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> list[Turn]:
-    turns = [Turn("system", draw(texts))] if draw(st.booleans()) else []
+def conversations(
+    draw: st.DrawFn, said: st.SearchStrategy[str] = texts, *, tools: bool = False, inputs: bool = False
+) -> list[Turn]:
+    """Turns in an order that a chat has, some of them of tools; inputs: some users give one beside what they say."""
+    turns = [Turn("system", draw(said))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        turns += [Turn("user", draw(texts)), Turn("assistant", draw(texts))]
+        turns += [Turn("user", draw(said), draw(said) if inputs and draw(st.booleans()) else "")]
+        turns += [Turn("assistant", draw(said))]
+        if tools and draw(st.booleans()):
+            turns += [Turn("tool", draw(said)), Turn("assistant", draw(said))]
     return turns
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
-@given(turns=conversations())
-def test_the_saved_jinja_writes_the_same_text_masks_and_prompts(name: str, turns: list[Turn]) -> None:
+@given(given_data=st.data())
+def test_the_saved_jinja_writes_the_same_text_masks_and_prompts(name: str, given_data: st.DataObject) -> None:
     """transformers renders it in its sandbox, and its own mask of `generation` blocks is an oracle for our targets."""
+    turns = given_data.draw(conversations(loose_texts, tools=TEMPLATES[name].tool is not None, inputs=True))
     plain = tokenizer()
     found = Structured(name, TEMPLATES[name], plain)
     plain.chat_template = found.jinja()
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = found.messages(turns)
     rendered = found.render(turns)
     assert plain.apply_chat_template(messages, tokenize=False) == rendered.text
     told = plain.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -170,13 +218,16 @@ def test_the_saved_jinja_writes_the_same_text_masks_and_prompts(name: str, turns
             assert rendered.text.startswith(asked)
 
 
-@settings(max_examples=40, deadline=None)
-@given(turns=conversations())
-def test_the_models_own_template_gives_the_same_targets_as_ours(turns: list[Turn]) -> None:
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_text_for_conversations_without_one_goes_into_the_saved_template(name: str) -> None:
     plain = tokenizer()
-    ours = Structured("chatml", TEMPLATES["chatml"], plain)
-    plain.chat_template = ours.jinja()
-    assert Own(plain).render(turns) == ours.render(turns)
+    found = Structured(name, TEMPLATES[name], plain)
+    plain.chat_template = with_system(found.jinja(), "Be\n'brief'.")
+    system = Turn("system", "Be\n'brief'.")
+    for turns in (LONG[1:], [system, *LONG[1:]]):
+        written = plain.apply_chat_template(found.messages(turns), tokenize=False)
+        assert written == found.render([system, *LONG[1:]]).text
+    assert plain.apply_chat_template(found.messages(LONG), tokenize=False) == GOLDEN[name][2]
 
 
 @pytest.mark.parametrize("name", ["llama2", "chatml", "gemma"])
@@ -186,6 +237,19 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused_by_name(name: st
         load_format(name, bare)
 
 
+GOOD = "user: '{content}'\nanswer: '{content}{eos}'\n"
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "gemma"])
+def test_a_template_that_begins_with_bos_is_refused_where_the_tokenizer_has_none(name: str) -> None:
+    plain = tokenizer()
+    plain.bos_token = None
+    with pytest.raises(
+        ConfigError, match=rf"data.template \({name}\): the model's tokenizer has no a begin-of-text token"
+    ):
+        load_format(name, plain)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -193,6 +257,12 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused_by_name(name: st
         ("user: hello\nanswer: '{content}{eos}'\n", "user .'hello'. must hold {content}"),
         ("user: '{content}'\nanswer: '{content}'\n", "must end with what stops the model"),
         ("user: '{content}'\nanswer: '{content}{eos}'\nfooter: x\n", "footer: Extra inputs"),
+        (f"{GOOD}user_with_input: 'Q {{content}}'\n", "user_with_input .*must hold {input}"),
+        (f"{GOOD}user_with_input: 'Q {{input}}'\n", "user_with_input .*must hold {content}"),
+        (f"{GOOD}first_user: 'S {{system}}'\n", "first_user .*must hold {content}"),
+        (f"{GOOD}begin: 'S {{system}}'\n", "begin .*is not filled with {system}; take it out"),
+        (f"{GOOD}default_system: 'S {{content}}'\n", "default_system .*is not filled with {content}"),
+        ("user: '{content} {input}'\nanswer: '{content}{eos}'\n", "user .*is not filled with {input}"),
         ("{", "cannot be read"),
     ],
 )
@@ -212,54 +282,3 @@ def test_a_yaml_template_is_used_as_it_is_written(tmp_path: Path) -> None:
         load_format(str(tmp_path / "mine.yaml"), tokenizer()).render(LONG)
     with pytest.raises(ConfigError, match="must be auto, alpaca, chatml"):
         load_format("chat-ml", tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('no way') }}", "refuses this conversation: no way"),
-        ("{{ messages[0].content.missing.more }}", "refuses this conversation"),
-        ("{% for a in range(10**9) %}{% endfor %}", "refuses this conversation"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),
-    ],
-)
-def test_a_template_that_raises_loops_or_climbs_out_is_an_error(template: str, message: str) -> None:
-    plain = tokenizer()
-    plain.chat_template = template
-    with pytest.raises(DataError, match=message):
-        load_format("auto", plain)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    """Some drop what was thought in all but the last answer: what was learned is then never asked for."""
-    plain = tokenizer()
-    plain.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content if loop.last or m.role == 'user' else 'short' }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    found = load_format("auto", plain)
-    found.render(SHORT)
-    with pytest.raises(DataError, match="writes turn 3 differently"):
-        found.render(LONG)
-
-
-@pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
-@given(turns=conversations())
-def test_smollm2s_own_template_gives_the_tokens_of_apply_chat_template(turns: list[Turn]) -> None:
-    """The real tokenizer. Its template is ChatML with a default system text; ours asks for the same answer as its users do."""
-    real = smollm2_tokenizer()
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    rendered = Own(real).render(turns)
-    encoded = real(rendered.text, add_special_tokens=False)["input_ids"]
-    assert encoded == real.apply_chat_template(messages)["input_ids"]
-    asked = real.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert encoded[: len(asked)] == asked
-    first, last = rendered.answers[-1]
-    assert rendered.text[first:last] == f"{turns[-1].content}<|im_end|>"
-
-
-@functools.cache
-def smollm2_tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(asset_path("smollm2"))

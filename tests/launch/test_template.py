@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from launch.cli import main
 from tests.data.test_instruct import PAIR, chats, write
@@ -12,14 +13,19 @@ from tests.data.test_templates import tokenizer
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A tokenizer with ChatML's template, and a configuration."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """A tokenizer with ChatML's template, and a model."""
     from trainer.data.rendering import Structured
     from trainer.data.templates import TEMPLATES
 
-    folder, plain = tmp_path / "model", tokenizer()
+    plain = tokenizer()
     plain.chat_template = Structured("chatml", TEMPLATES["chatml"], plain).jinja()
+    return tiny_chat_model(tmp_path / "model", plain)
+
+
+def tiny_chat_model(folder: Path, plain: PreTrainedTokenizerFast) -> Path:
+    """The tokenizer with a two-layer Llama. Returns `folder`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     plain.save_pretrained(folder)
     sizes = {
         "hidden_size": 32,
@@ -114,3 +120,63 @@ def test_an_instruction_tuned_run_answers_in_its_template(
     )  # a run on conversations is asked in its template anyhow
     assert code == 0
     assert [json.loads(line)["generated"] for line in plain.splitlines()] == [row["answer"] for row in rows]
+
+
+ALPACA = (
+    "Be brief.\n\n### Instruction:\nQuestion 0 of 0\n\n### Response:\nAnswer 0</s>\n\n"
+    "### Instruction:\nHi\n\n### Response:\n"
+)
+ZEPHYR = "<|system|>\nBe brief.</s>\n<|user|>\nQuestion 0 of 0</s>\n<|assistant|>\nAnswer 0</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
+
+
+@pytest.mark.parametrize(("template", "method", "golden"), [("alpaca", "full", ALPACA), ("zephyr", "lora", ZEPHYR)])
+def test_a_model_without_a_chat_template_is_saved_with_the_one_it_learned(
+    template: str, method: str, golden: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a system text and an example before every conversation; asked by plain transformers and by `samestep predict`."""
+    from tests.distributed.resume_runs import start
+    from trainer.config import InstructData, ModelConfig, RunConfig, TrainConfig
+    from trainer.data.instruct import build_instruct
+    from trainer.model.export import load_exported
+    from trainer.predict.answer import PredictOptions
+    from trainer.predict.generate import Generator
+
+    base, run = tiny_chat_model(tmp_path / "model", tokenizer()), tmp_path / "run"
+    assert AutoTokenizer.from_pretrained(base).chat_template is None
+    data = InstructData(
+        source=str(chats(tmp_path, turns=1)),
+        template=template,
+        system="Be brief.",
+        few_shot=1,
+        max_length=400,
+        validation_fraction=0.2,
+        generate=2,
+        new_tokens=4,
+    )
+    config = RunConfig(
+        name="chat",
+        run_dir=run,
+        model=ModelConfig(source=str(base), task="clm"),
+        method={"name": method},  # type: ignore[arg-type]
+        data=data,
+        train=TrainConfig(max_steps=2, global_batch_size=4, metric="loss"),
+    )
+    facts = start(config, "single", 1)
+    assert facts is not None
+    assert facts[0]["error"] is None
+    code, _, errors = say(capsys, "checkpoint", "export", str(run), "--output", str(tmp_path / "exported"))
+    assert code == 0, errors
+    learned = build_instruct(data, tokenizer()).train.samples[0]
+    for folder in (run / "model", tmp_path / "exported"):
+        model, written, info = load_exported(folder)
+        turns = [{"role": "user", "content": "Question 0 of 0"}, {"role": "assistant", "content": "Answer 0"}]
+        turns += [{"role": "user", "content": "Hi"}]
+        assert written.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == golden
+        generator = Generator(model, written, info, PredictOptions(), is_chat=True)
+        assert written.decode(generator.prompts(["Hi"])[0][0]) == golden
+        asked = generator.prompts(["Question 0 of 1?"])[0][0].tolist()
+        assert asked == learned.ids[: learned.prompt_length].tolist()
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == info["stop_token_ids"]
+    if method == "full":
+        plain = AutoModelForCausalLM.from_pretrained(run / "model")
+        assert plain.generation_config.eos_token_id == info["stop_token_ids"]

@@ -60,7 +60,7 @@ def test_a_document_alone_has_the_same_logits(stream: Stream, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, GPTNeoXConfig])
 def test_usual_architectures_pass_the_check(kind: type) -> None:
     config = kind(**SHAPE, bos_token_id=None, eos_token_id=60, pad_token_id=None)
-    check_isolation(AutoModelForCausalLM.from_config(config))
+    check_isolation(AutoModelForCausalLM.from_config(config), "data.isolate=false")
 
 
 def test_a_model_that_ignores_positions_is_refused() -> None:
@@ -75,5 +75,21 @@ def test_a_model_that_ignores_positions_is_refused() -> None:
         def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> object:
             return self.inner(input_ids=input_ids)
 
-    with pytest.raises(ConfigError, match=r"data\.isolate \(true\) has no effect on Leaking"):
-        check_isolation(Leaking())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"Leaking does not keep the documents .* or data\.packing=none"):
+        check_isolation(Leaking(), "data.packing=none")  # type: ignore[arg-type]
+
+
+def test_flash_attention_is_refused_since_it_isolates_only_a_row_that_is_alone() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, eos_token_id=60))
+    model.config._attn_implementation_internal = "flash_attention_2"  # not installed here
+    with pytest.raises(ConfigError, match=r"model\.attention \(flash_attention_2\) .* or data\.isolate=false"):
+        check_isolation(model, "data.isolate=false")
+
+
+def test_transformers_still_looks_for_packed_rows_in_a_batch_of_one_only() -> None:
+    """Where this fails, flash attention may isolate, and need no longer be refused."""
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    positions = torch.arange(4).repeat(2, 2)
+    assert _is_packed_sequence(positions[:1], 1)
+    assert not _is_packed_sequence(positions, 2)

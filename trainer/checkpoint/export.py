@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.model.architecture import load_architecture, load_tokenizer, meta_model
 from trainer.model.bottleneck import SETTINGS_FILE, insert_bottlenecks
-from trainer.model.export import ADAPTER_FILE, export_model, exported_tensors, load_exported
+from trainer.model.export import ADAPTER_FILE, export_model, exported_tensors, load_exported, write_info
 from trainer.model.identity import base_identity
 from trainer.model.load import load_weights
 from trainer.model.methods import METHODS
@@ -70,7 +70,7 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
             check_model(folder, config, shapes)
             write_whole(reader, shapes, folder / "config.json", target, shard_bytes)
             tokenizer.save_pretrained(target)
-            (target / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+            write_info(target, info)
             check_written(target, reader, shapes)
         else:
             model = trained_parts(config, folder, manifest, info.get("label_names", ()))

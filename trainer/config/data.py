@@ -231,6 +231,14 @@ class InstructData(Section):
     allow: tuple[Gate, ...] = ()
     """Mistakes in the data that are said and not refused."""
 
+    @model_validator(mode="after")
+    def _format_fits_the_source(self) -> Self:
+        if self.source == "asset:stdlib" and self.format not in ("auto", "pairs"):
+            raise ValueError(
+                f"format ({self.format}) has no effect with source=asset:stdlib, which holds pairs; set format=auto, or give a file"
+            )
+        return self
+
 
 class LiveData(Section):
     """Text that is tokenized and packed while training reads it. Resumes on the same number of processes only."""

@@ -5,6 +5,7 @@ in an order that a chat can have, and no empty answer; anything else is an error
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,12 @@ SHAREGPT_ROLES = {
     "bing": "assistant",
     "function_response": "tool",
 }
-MOST_SHOWN = 5
-"""Mistakes of a source that are listed."""
+CALLS = ("tool_calls", "function_call")
+"""Where a turn of messages says what it asks tools for, beside its content."""
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Halves of pairs: JSON can hold one alone, text can not."""
+MOST_SHOWN, SHOWN = 5, 100
+"""Mistakes of a source that are listed, and characters of each that are shown."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,13 @@ def read_conversations(data: InstructData) -> tuple[str, list[Conversation]]:
     table, found = read_table(data)
     conversations: list[Conversation] = []
     problems = [f"{table.place(bad.line)}: {bad.reason}" for bad in table.malformed]
-    for row, line in enumerate(table.lines):
+    for number, line in enumerate(table.lines):
+        row = {name: values[number] for name, values in table.columns.items()}
         try:
-            turns = turns_of({name: values[row] for name, values in table.columns.items()}, found, data)
+            turns = turns_of(row, found, data)
             check_turns(turns)
         except DataError as error:
-            problems.append(f"{table.place(line)}: {error}")
+            problems.append(f"{table.place(line)}: {error} (it holds {str(row)[:SHOWN]})")
             continue
         conversations.append(Conversation(turns, table.place(line)))
     if problems:
@@ -128,6 +134,10 @@ def check_turns(turns: Sequence[Turn]) -> None:
     for number, (turn, following) in enumerate(itertools.zip_longest(turns, turns[1:])):
         if number == 0 and turn.role not in ("system", "user"):
             raise DataError(f"turn 1 is of {turn.role}, and must be of system or user")
+        if SURROGATES.search(turn.text):
+            raise DataError(
+                f"turn {number + 1} holds half of a surrogate pair, which is no character: {turn.text!r:.60}"
+            )
         if turn.role == "assistant" and not turn.content.strip():
             raise DataError(f"turn {number + 1}, an answer, is empty, so a model would learn to say nothing")
         if following is not None and following.role not in after[turn.role]:
@@ -143,6 +153,12 @@ def _listed(value: object, column: str, role_key: str, text_key: str) -> Iterato
     if not isinstance(value, list) or not value:
         raise DataError(f"{column} must be a list of turns, not {value!r:.60}")
     for number, item in enumerate(value, start=1):
+        calls = [key for key in CALLS if isinstance(item, dict) and item.get(key)]
+        if calls:
+            raise DataError(
+                f"turn {number} has {calls[0]}, which no template here writes and a model would so not learn; write the call into the "
+                "turn's text, or leave such conversations out"
+            )
         if not isinstance(item, dict) or role_key not in item or text_key not in item:
             raise DataError(f"turn {number} must be an object with {role_key} and {text_key}, not {item!r:.80}")
         role, text = item[role_key], item[text_key]

@@ -92,7 +92,7 @@ def set_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTo
             yield Finding(
                 "padding", f"batches hold {masked:,} targets and the samples {wanted:,}: padding hides or adds some"
             )
-    total = len(found.train.samples) + len(found.validation.samples) + found.num_left_out
+    total = len(found.conversations) - data.few_shot
     lost = found.num_cut + found.num_left_out
     if lost > MOST_LOST * total:
         yield Finding(
@@ -101,24 +101,29 @@ def set_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTo
             f"{found.num_left_out:,} of them all; raise it",
         )
     if tokenizer.chat_template is not None and not isinstance(found.format, Own):
-        probe = [Turn("user", "Hello."), Turn("assistant", "Hi."), Turn("user", "Bye."), Turn("assistant", "Bye.")]
-        own, chosen = Own(tokenizer).render(probe).text, found.format.render(probe).text
-        if own != chosen:
-            yield Finding(
-                "template",
-                f"data.template ({data.template}) writes {chosen[:SHOWN]!r}, and the template that the model was trained with and comes "
-                f"with writes {own[:SHOWN]!r}; use data.template=auto",
-            )
+        yield from template_findings(found, data, tokenizer)
+
+
+def template_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Whether the template that was chosen writes what the model's own does."""
+    probe = [Turn("user", "Hello."), Turn("assistant", "Hi."), Turn("user", "Bye."), Turn("assistant", "Bye.")]
+    chosen = found.format.render(probe).text
+    own: str | None = None
+    try:
+        own = Own(tokenizer).apply(probe)
+        words = f"and the template that the model was trained with and comes with writes {own[:SHOWN]!r}; use data.template=auto"
+    except DataError as error:
+        words = f"and of the one that the model comes with: {error}"
+    if own != chosen:
+        yield Finding("template", f"data.template ({data.template}) writes {chosen[:SHOWN]!r}, {words}")
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, found: InstructSet) -> set[int]:
-    """Tokens that end generation: the tokenizer's end of text, and what the format ends an answer with, if that is one token."""
-    probe = [Turn("user", "a"), Turn("assistant", "b")]
-    rendered = found.format.render(probe)
-    ((first, last),) = rendered.answers
-    ids = tokenizer(rendered.text[first:last], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return {int(number) for number in (tokenizer.eos_token_id, ids[-1]) if number is not None and number in special}
+    """Tokens that end generation: the tokenizer's end of text, and what an answer ends with, if that is a special token."""
+    sample = found.train.samples[0]
+    end = int(sample.ids[sample.answers[0][1] - 1])
+    special = {tokenizer.convert_tokens_to_ids(token) for token in special_texts(tokenizer, found.format)}
+    return {int(number) for number in (tokenizer.eos_token_id, end) if number is not None and number in special}
 
 
 def stops(sample: Sample, stop: set[int], data: InstructData) -> bool:
@@ -137,7 +142,7 @@ def learns_prompt(sample: Sample) -> bool:
 
 def places_with_special_tokens(found: InstructSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Conversations in which a turn's text holds the text of a special token."""
-    tokens = special_texts(tokenizer)
+    tokens = special_texts(tokenizer, found.format)
     for conversation in found.conversations:
         if any(token in turn.text for turn in conversation.turns for token in tokens):
             yield conversation.place

@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import InstructData
 from trainer.data.batches import IGNORED, permutation
-from trainer.data.conversations import Conversation, read_conversations
-from trainer.data.rendering import Format, Rendered, load_format
+from trainer.data.conversations import Conversation, Turn, read_conversations
+from trainer.data.rendering import OTHERWISE, Format, Rendered, load_format
 from trainer.data.stream.packing import best_fit_rows
 from trainer.errors import DataError
 
 Ints = NDArray[np.int64]
+SHOWN = 80
+"""Characters of a conversation that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class InstructSet:
     conversations: list[Conversation]
     """All that were read, in the order of the source."""
     format: Format
+    before: tuple[Turn, ...]
+    """What stands before every conversation that has no system text of its own: data.system, and the examples of data.few_shot."""
     source_format: str
     num_left_out: int
     """Conversations whose first answer ends behind max_length tokens."""
@@ -134,6 +138,7 @@ def build_instruct(data: InstructData, tokenizer: PreTrainedTokenizerBase) -> In
         validation=one_a_row(held_out),
         conversations=conversations,
         format=found,
+        before=(*([Turn("system", data.system)] if data.system is not None else []), *turns_of_shots(shots)),
         source_format=source_format,
         num_left_out=len(rest) - len(samples),
         num_cut=sum(sample.is_cut for sample in samples),
@@ -142,13 +147,18 @@ def build_instruct(data: InstructData, tokenizer: PreTrainedTokenizerBase) -> In
 
 def with_shots(conversations: Sequence[Conversation], shots: Sequence[Conversation]) -> list[tuple[Conversation, int]]:
     """Each conversation behind the examples, and how many turns of it are examples; a system turn stays first."""
-    before = [turn for shot in shots for turn in shot.turns if turn.role != "system"]
+    before = turns_of_shots(shots)
     found = []
     for conversation in conversations:
         num_system = int(conversation.turns[0].role == "system")
         turns = (*conversation.turns[:num_system], *before, *conversation.turns[num_system:])
         found.append((Conversation(turns, conversation.place), num_system + len(before) if before else 0))
     return found
+
+
+def turns_of_shots(shots: Sequence[Conversation]) -> list[Turn]:
+    """The turns of the examples, but for their system texts."""
+    return [turn for shot in shots for turn in shot.turns if turn.role != "system"]
 
 
 def one_a_row(samples: list[Sample]) -> InstructSplit:
@@ -171,30 +181,50 @@ def encode(
     data: InstructData,
 ) -> list[Sample | None]:
     """Tokens and targets of each conversation, whose first turns are examples; None for one whose first answer does not fit."""
-    rendered: list[Rendered] = []
-    for conversation, _ in conversations:
-        try:
-            rendered.append(found.render(conversation.turns))
-        except DataError as error:
-            raise DataError(f"{conversation.place}: {error}") from None
+    rendered = [render(conversation, num_examples, found, data) for conversation, num_examples in conversations]
     tokens = cast(Any, tokenizer)(
         [text.text for text in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     rows = zip(tokens["input_ids"], tokens["offset_mapping"], rendered, conversations, strict=True)
     return [
-        sample_of(np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2), text, *conversation, data)
-        for ids, offsets, text, conversation in rows
+        sample_of(
+            np.array(ids, np.int64),
+            np.array(offsets, np.int64).reshape(-1, 2),
+            text,
+            conversation=conversation,
+            num_examples=num_examples,
+            data=data,
+        )
+        for ids, offsets, text, (conversation, num_examples) in rows
     ]
 
 
+def render(conversation: Conversation, num_examples: int, found: Format, data: InstructData) -> Rendered:
+    """A conversation as text. DataError with its place where the template refuses it, or rewrites an answer that is to be learned."""
+    try:
+        rendered = found.render(conversation.turns)
+        if not rendered.answers or (rendered.rewritten > num_examples and data.learn != "last"):
+            fix = "data.learn=last, or " if rendered.answers else ""
+            raise DataError(
+                f"{found.name} template writes turn {rendered.rewritten} differently once others follow it, or from how it asks for it, "
+                f"so what is learned would not be what the model is asked for; use {fix}{OTHERWISE}"
+            )
+    except DataError as error:
+        raise DataError(f"{conversation.place}: {error}; it begins {conversation.turns[0].text[:SHOWN]!r}") from None
+    return rendered
+
+
 def sample_of(
-    ids: Ints, offsets: Ints, text: Rendered, conversation: Conversation, num_examples: int, data: InstructData
+    ids: Ints, offsets: Ints, text: Rendered, *, conversation: Conversation, num_examples: int, data: InstructData
 ) -> Sample | None:
     """A conversation cut behind the last answer that fits. ids: (N,); offsets: (N, 2) characters of each token."""
     starts, ends = offsets[:, 0], offsets[:, 1]
-    said = [turn.content.strip() for turn in conversation.turns if turn.role == "assistant"]
-    num_shown = sum(turn.role == "assistant" for turn in conversation.turns[:num_examples])
-    places = list(zip(text.answers, said, strict=True))[num_shown:]
+    learned = [
+        turn.content.strip()
+        for number, turn in enumerate(conversation.turns)
+        if turn.role == "assistant" and number >= max(num_examples, text.rewritten)
+    ]
+    places = list(zip(text.answers[-len(learned) :], learned, strict=True))
     # A tokenizer that trims white space off its offsets gives a line break no width: it belongs to what it lies in, not to what it touches.
     spans = [np.flatnonzero((ends > first) & (starts < last)) for (first, last), _ in places]
     fitting = [(int(span[0]), int(span[-1]) + 1) for span in spans if len(span) and span[-1] < data.max_length]

@@ -38,6 +38,16 @@ def to_jinja(template: Template) -> str:
     return "\n".join(filter(None, lines))
 
 
+def with_system(jinja: str, system: str | None) -> str:
+    """Any chat template, with a system text for conversations without one; None leaves it as it is."""
+    if system is None:
+        return jinja
+    turn = f"{{'role': 'system', 'content': {_quoted(system)}}}"
+    return (
+        f"{{%- if messages[0]['role'] != 'system' %}}{{%- set messages = [{turn}] + messages %}}{{%- endif %}}{jinja}"
+    )
+
+
 def _jinja_defaults(template: Template, system: str | None) -> list[str]:
     """The default system text, before the first turn."""
     if template.default_system is None or template.system is None:

@@ -6,6 +6,7 @@ the structure, never from searching the text.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 from jinja2 import TemplateError
@@ -14,7 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.conversations import Turn
 from trainer.data.jinja import to_jinja
 from trainer.data.templates import TEMPLATES, Template, filled, load_template
+from trainer.data.time_limit import TooSlowError, time_limit
 from trainer.errors import ConfigError, DataError
+
+MOST_SECONDS = 10.0
+"""That a model's own template may take for a conversation; usual ones take a thousandth of one."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,9 @@ class Rendered:
 
     text: str
     answers: tuple[tuple[int, int], ...]
-    """First and last + 1 character of each answer with what ends it, in the order of assistant turns."""
+    """First and last + 1 character of each answer with what ends it, in the order of assistant turns; none of `rewritten` and before."""
+    rewritten: int = 0
+    """The last turn, from 1, that is written differently once others follow it: what it says here is never what the model is asked for."""
 
 
 class Format(Protocol):
@@ -31,11 +38,18 @@ class Format(Protocol):
 
     name: str
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What it writes that must be one token each, beside the tokenizer's begin and end of text."""
+
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The whole conversation. DataError for turns that it cannot say."""
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The conversation up to where the next answer begins."""
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
+        """The turns for `apply_chat_template`."""
 
     def jinja(self) -> str:
         """The same for `apply_chat_template`; saved with the model."""
@@ -49,14 +63,19 @@ class Structured:
         self.name = name
         self.template = Template(**{key: _named(value, tokenizer) for key, value in template.model_dump().items()})
         vocabulary = tokenizer.get_vocab()
-        lacking = [token for token in self.template.tokens if token not in vocabulary]
-        if "{eos}" in template.answer and tokenizer.eos_token is None:
-            lacking.append("an end-of-text token")
+        lacking = [token for token in self.tokens if token not in vocabulary]
+        pieces = template.model_dump_json()
+        lacking += ["a begin-of-text token"] if "{bos}" in pieces and tokenizer.bos_token is None else []
+        lacking += ["an end-of-text token"] if "{eos}" in pieces and tokenizer.eos_token is None else []
         if lacking:
             raise ConfigError(
                 f"data.template ({name}): the model's tokenizer has no {', '.join(lacking)} as one token, so the model never learned "
                 "what it means; use data.template=auto or alpaca, or a model made for this template"
             )
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return self.template.tokens
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         parts, answers, length = [self.template.begin], [], len(self.template.begin)
@@ -109,6 +128,9 @@ class Structured:
         """A turn's text."""
         return turn.content.strip() if self.template.strip else turn.content
 
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
+        return [{"role": turn.role, "content": turn.content, "input": turn.input} for turn in turns]
+
     def jinja(self) -> str:
         return to_jinja(self.template)
 
@@ -119,37 +141,44 @@ class Own:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         assert tokenizer.chat_template is not None
         self.name, self.tokenizer = "the model's own", tokenizer
-        self.after = self.text_after_an_answer()
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Those that were added to the vocabulary and stand in the template; words of a domain (model.added_tokens) are no such marks."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(str(token) for token in added if not token.single_word and str(token) in self.jinja())
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
-        text, answers = self.apply(turns), []
+        text, answers, rewritten = self.apply(turns), list[tuple[int, int]](), 0
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
-                start, end = len(self.prompt(turns[:number])), len(self.apply(turns[: number + 1]))
-                if not text.startswith(self.apply(turns[: number + 1])) or not text.startswith(
-                    self.prompt(turns[:number])
-                ):
-                    raise DataError(
-                        f"the model's own template writes turn {number + 1} differently once others follow it, so what is learned would "
-                        "not be what the model is asked for; use data.template=NAME or data.learn=last"
-                    )
-                answers.append((start, end - len(self.after)))
-        return Rendered(text, tuple(answers))
+                asked = self.prompt(turns[:number])
+                answered = text if number + 1 == len(turns) else self.apply(turns[: number + 1])
+                if text.startswith(answered) and answered.startswith(asked):
+                    answers.append((len(asked), len(answered) - len(self.after)))
+                else:
+                    answers, rewritten = [], number + 1
+        return Rendered(text, tuple(answers), rewritten)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         return self.apply(turns, reply=True)
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
+        return [{"role": turn.role, "content": turn.text} for turn in turns]
 
     def jinja(self) -> str:
         return cast(str, self.tokenizer.chat_template)
 
     def apply(self, turns: Sequence[Turn], *, reply: bool = False) -> str:
-        """The text. DataError with the template's own words where it refuses."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        """The text. DataError with the template's own words where it refuses, and where it takes too long."""
+        apply = cast(Any, self.tokenizer).apply_chat_template
         try:
-            return cast(
-                str,
-                cast(Any, self.tokenizer).apply_chat_template(messages, tokenize=False, add_generation_prompt=reply),
-            )
+            with time_limit(MOST_SECONDS):
+                return cast(str, apply(self.messages(turns), tokenize=False, add_generation_prompt=reply))
+        except TooSlowError:
+            raise DataError(
+                f"the model's own template took more than {MOST_SECONDS:g} s for this conversation; use data.template=NAME"
+            ) from None
         except (
             TemplateError,
             TypeError,
@@ -162,22 +191,39 @@ class Own:
         ) as error:
             raise DataError(f"the model's own template refuses this conversation: {error}") from None
 
-    def text_after_an_answer(self) -> str:
-        """What it writes behind the token that ends an answer, such as a line break: not learned, since nothing generates it."""
+    @cached_property
+    def after(self) -> str:
+        """What it writes behind the first special token after an answer, such as a line break: not learned, since that token stops."""
         mark = "an answer nobody gives"
-        text = self.apply([Turn("user", "a"), Turn("assistant", mark)])
-        ending = text[text.rindex(mark) + len(mark) :]
-        ends = [ending.rindex(token) + len(token) for token in special_texts(self.tokenizer) if token in ending]
+        try:
+            _, found, ending = self.apply([Turn("user", "a"), Turn("assistant", mark)]).rpartition(mark)
+        except DataError as error:
+            raise ConfigError(
+                f"data.template (auto), for a question and its answer: {error}; use {OTHERWISE}"
+            ) from None
+        if not found:
+            raise ConfigError(
+                f"data.template (auto): the model's own template leaves an answer's text out; use {OTHERWISE}"
+            )
+        ends = [(ending.index(token), -len(token)) for token in special_texts(self.tokenizer, self) if token in ending]
         if not ends:
             raise ConfigError(
-                "data.template (auto): the model's own template ends an answer without a special token; use data.template=NAME"
+                f"data.template (auto): the model's own template ends an answer without a special token; use {OTHERWISE}"
             )
-        return ending[max(ends) :]
+        start, negative_length = min(
+            ends
+        )  # the first one; some templates ask for the next answer behind it in any case
+        return ending[start - negative_length :]
 
 
-def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the tokens that no text is made of: begin, end, and those that were added to the vocabulary."""
-    return sorted({str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())})
+OTHERWISE = "data.template=NAME data.allow=template"
+"""The way out where the model's own template does not do."""
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase, found: Format) -> list[str]:
+    """The texts of the tokens that no text is made of: begin, end, what the tokenizer calls special, and what the format names."""
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*map(str, tokenizer.all_special_tokens), *special, *found.tokens})
 
 
 def load_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:

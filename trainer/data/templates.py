@@ -150,20 +150,25 @@ def load_template(name: str) -> Template:
     return template
 
 
+NEEDED: dict[str, tuple[str, ...]] = {
+    "system": ("content",),
+    "user": ("content",),
+    "user_with_input": ("content", "input"),
+    "first_user": ("system", "content"),
+    "tool": ("content",),
+    "answer": ("content",),
+}
+"""Piece -> the names in braces that it is filled with; every other piece is written as it stands."""
+
+
 def _check_pieces(path: Path, template: Template) -> None:
-    """ConfigError for a piece that leaves its turn's text out."""
-    wanted = {
-        "system": "{content}",
-        "user": "{content}",
-        "answer": "{content}",
-        "tool": "{content}",
-        "first_user": "{system}",
-    }
-    problems = [
-        f"data.template ({path}): {name} ({piece!r}) must hold {mark}"
-        for name, mark in wanted.items()
-        if (piece := getattr(template, name)) is not None and mark not in piece
-    ]
+    """ConfigError for a piece that leaves a text of its turn out, or names one that it is not filled with."""
+    problems = []
+    for name, piece in template.model_dump(exclude={"strip", "tokens"}, exclude_none=True).items():
+        needed, found = NEEDED.get(name, ()), {part for part, is_name in parts_of(piece) if is_name}
+        shown = f"data.template ({path}): {name} ({piece!r})"
+        problems += [f"{shown} must hold {{{mark}}}" for mark in needed if mark not in found]
+        problems += [f"{shown} is not filled with {{{mark}}}; take it out" for mark in sorted(found.difference(needed))]
     if template.answer.rstrip().endswith("{content}"):
         problems.append(
             f"data.template ({path}): answer ({template.answer!r}) must end with what stops the model, such as {{eos}}"

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError, ConfigError
-from trainer.model.export import ADAPTER_FILE, load_base, load_exported, put_adapter, read_sizes, verify_tensors
+from trainer.model.export import (
+    ADAPTER_FILE,
+    load_base,
+    load_exported,
+    put_adapter,
+    read_sizes,
+    verify_tensors,
+    write_info,
+)
 from trainer.run_folder import INFO_FILE, MODEL_FOLDER
 
 Into = Literal["base", "dequantized"]
@@ -94,7 +102,7 @@ def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, tr
         tokenizer.save_pretrained(target)
         facts = {name: value for name, value in info.items() if name != "quantization"}
         facts |= {"method": "full", "merged": {"method": info["method"], "into": into}}
-        (target / INFO_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_info(target, facts)
         verify_tensors(target, {name: p.numel() for name, p in model.named_parameters()})
         loaded = dict(load_exported(target, trust_remote_code=trust_remote_code)[0].named_parameters())
         for name, parameter in model.named_parameters():

@@ -31,6 +31,7 @@ from trainer.model.load import load_weights, quantization_of
 from trainer.run_folder import INFO_FILE
 
 ADAPTER_FILE = "adapter_config.json"  # PEFT's name for it
+GENERATION_FILE = "generation_config.json"  # transformers' name for it
 ENCODER = "prompt_encoder.default."
 PROMPT = ENCODER + "embedding.weight"
 
@@ -58,8 +59,18 @@ def export_model(
         stored = state = {**saved_buffers(model), **state}
         cast(PreTrainedModel, model).save_pretrained(folder, state_dict=dict(state))
     tokenizer.save_pretrained(folder)
-    (folder / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n", encoding="utf-8")
+    write_info(folder, info)
     verify_tensors(folder, {name: tensor.numel() for name, tensor in stored.items()})
+
+
+def write_info(folder: Path, info: Mapping[str, Any]) -> None:
+    """samestep.json; and for plain transformers, what ends a text of a model that was trained on conversations."""
+    (folder / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n", encoding="utf-8")
+    if "stop_token_ids" in info:
+        file = folder / GENERATION_FILE
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known["eos_token_id"] = info["stop_token_ids"]
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def write_peft(model: Any, state: Mapping[str, Tensor], folder: Path) -> Mapping[str, Tensor]:

@@ -72,7 +72,7 @@ def build_model(
     if config.model.gradient_checkpointing:
         enable_checkpointing(plain)
     if config.isolates_documents:
-        check_isolation(plain)
+        check_isolation(plain, "data.packing=none" if config.data.kind == "instruct" else "data.isolate=false")
     model = apply_method(
         plain, config.method, new_modules=new_encoder_modules(plain, new_names), task=config.model.task
     )

@@ -164,7 +164,8 @@ class Generator:
         if self.has_encoder:
             return self.inputs(texts)
         if self.is_chat:
-            asked = [[{"role": "user", "content": text}] for text in texts]
+            before = self.info.get("turns_before", [])
+            asked = [[*before, {"role": "user", "content": text}] for text in texts]
             render = cast(Any, self.tokenizer).apply_chat_template
             rows = [render(turns, add_generation_prompt=True)["input_ids"] for turns in asked]
         else:

@@ -15,10 +15,11 @@ from trainer.checkpoint.manifest import TEMPLATE
 from trainer.config import InstructData, RunConfig
 from trainer.data.batches import GlobalBatches, Ids
 from trainer.data.gate import check, statistics, stop_tokens
-from trainer.data.instruct import InstructSet, build_instruct
+from trainer.data.instruct import InstructSet, Sample, build_instruct
+from trainer.data.jinja import with_system
 from trainer.metrics import exact_match, rouge_l
 from trainer.model.architecture import load_tokenizer
-from trainer.predict.generate import Decoding, generate
+from trainer.predict.generate import Decoding, Written, generate
 from trainer.screen import announce
 from trainer.task.answers import Answered, answer_metrics
 from trainer.task.clm import PROMPTS, LanguageTask, check_positions
@@ -39,7 +40,9 @@ class InstructTask(LanguageTask):
             self.data.train.lengths, train.global_batch_size, train.seed, group_by_length=data.group_by_length
         )
         self.padding = int(tokenizer.pad_token_id or 0)
-        tokenizer.chat_template = self.data.format.jinja()  # what is exported says how to ask it
+        tokenizer.chat_template = with_system(
+            self.data.format.jinja(), data.system
+        )  # what is exported says how to ask it
         super().__init__(config, tokenizer, len(tokenizer), steps_per_epoch=self.batches.per_epoch)
 
     @property
@@ -51,7 +54,8 @@ class InstructTask(LanguageTask):
         return len(self.data.validation)
 
     def model_info(self) -> dict[str, object]:
-        return {**super().model_info(), "stop_token_ids": self.stop}
+        before = self.data.format.messages(self.data.before)
+        return {**super().model_info(), "stop_token_ids": self.stop, "turns_before": before}
 
     def usage(self, folder: Path) -> str:
         return f'samestep predict {folder} --chat "your question"'
@@ -89,14 +93,26 @@ class InstructTask(LanguageTask):
         return answer_metrics(lambda places: self.answered(model, places), count, scores, engine)
 
     def answered(self, model: nn.Module, places: Ids) -> list[Answered]:
-        """The greedy answer to each sample's last prompt, and the answer that it has."""
+        """The greedy answer to each sample's last prompt, and the answer that it has; no longer than the model's positions."""
         samples = [self.data.validation.samples[place] for place in places]
-        prompts = [torch.from_numpy(sample.ids[: sample.prompt_length]) for sample in samples]
-        how = Decoding(self.padding, self.stop, self.settings.new_tokens)
+        rooms = [self.room(model, sample) for sample in samples]
+        written: dict[int, Written] = {}
+        for room in set(rooms):
+            numbers = [number for number, its_room in enumerate(rooms) if its_room == room]
+            prompts = [torch.from_numpy(samples[number].ids[: samples[number].prompt_length]) for number in numbers]
+            found = generate(model, prompts, Decoding(self.padding, self.stop, room))
+            written |= dict(zip(numbers, found, strict=True))
         return [
-            (self.text(ids), has_stopped, self.text(sample.ids[sample.prompt_length :]))
-            for sample, (ids, has_stopped) in zip(samples, generate(model, prompts, how), strict=True)
+            (self.text(written[number][0]), written[number][1], self.text(sample.ids[sample.prompt_length :]))
+            for number, sample in enumerate(samples)
         ]
+
+    def room(self, model: nn.Module, sample: Sample) -> int:
+        """How many tokens may follow the sample's prompt: data.new_tokens, or what is left of the model's positions."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is None or positions <= 0:
+            return self.settings.new_tokens
+        return min(self.settings.new_tokens, int(positions) - sample.prompt_length)
 
     def text(self, ids: Any) -> str:
         """Without special tokens and the white space around."""
