@@ -68,6 +68,8 @@ def test_foreign_files_are_adopted(tokenizer: Path, tmp_path: Path, capsys: pyte
     run("adopt", str(tmp_path), "--tokenizer", str(tokenizer), "--eos", "<end>")
     assert "5 tokens in 2 documents" in capsys.readouterr().out
     run("verify", str(tmp_path))
+    run("adopt", str(tmp_path), "--tokenizer", str(tokenizer), code=2)
+    assert "is a token dataset already" in capsys.readouterr().err
 
 
 def test_mistakes_exit_with_2(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,9 +27,11 @@ BLOCK = 2**20
 SHARD_BYTES = 64 * 10**6
 LARGEST_TOKENS = 2**31 - 1
 """Of one document: positions are int32 in attention kernels."""
+FILE_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+"""Of a dataset's files: in its own folder."""
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
 Tokens = NDArray[Any]
 
 
