@@ -87,6 +87,19 @@ def test_mistakes_exit_with_2(tokenizer: Path, tmp_path: Path, capsys: pytest.Ca
             ["tokenize", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "o"), "--tokenizer", "nowhere"],
             "give a tokenizer.json",
         ),
+        (
+            [
+                "tokenize",
+                str(tmp_path / "bad.txt"),
+                "--output",
+                str(tmp_path / "o"),
+                "--tokenizer",
+                str(tokenizer),
+                "--split",
+                "test",
+            ],
+            "choose from a hub dataset, and no INPUT is one",
+        ),
         (["stats", str(tmp_path)], "is no token dataset"),
         (["adopt", str(tmp_path), "--tokenizer", str(tokenizer)], "has no .ds and no .bin file"),
     ):

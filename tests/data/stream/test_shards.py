@@ -135,10 +135,14 @@ def read_one(folder: Path) -> None:
 
 def test_tokens_and_documents_that_cannot_be_are_refused(tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path / "set", TOKENIZER)
-    with pytest.raises(DataError, match="token 50000, outside the vocabulary of 50000"):
+    with pytest.raises(
+        DataError, match=r"byte 2 of .*shard-00000\.bin\) has token 50000, outside the vocabulary of 50000"
+    ):
         writer.add(np.array([1, 50_000]))
+    with pytest.raises(DataError, match=r"a\.txt \(byte 0 of .*\) has token -1, outside"):
+        writer.add(np.array([-1, 1]), "a.txt")
     huge = np.broadcast_to(np.zeros(1, np.uint16), LARGEST_TOKENS + 1)  # takes two bytes
-    with pytest.raises(DataError, match="longer than 2,147,483,647"):
+    with pytest.raises(DataError, match=r"document 0 \(byte 0 of .*shard-00000\.bin\) has 2,147,483,648 tokens, more"):
         writer.add(huge)
     writer.add(np.zeros(0, np.int64))  # an empty document is one
     assert writer.finish().shards[0].documents == 1

@@ -11,6 +11,7 @@ describe other tools' files in place. Invariant: no token is read before the blo
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -111,20 +112,26 @@ class DatasetWriter:
         self.lengths: list[int] = []
         self.pending_bytes = 0
 
-    def add(self, document: Tokens) -> None:
-        """One document's tokens, (n,) of any integer type; closes the shard when it is full."""
+    def add(self, document: Tokens, origin: str | None = None) -> None:
+        """One document's tokens, (n,) of any integer type; closes the shard when it is full. origin: its file, for messages."""
         if len(document) > LARGEST_TOKENS:
-            raise DataError(f"a document of {len(document):,} tokens is longer than {LARGEST_TOKENS:,}; cut it first")
-        if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self.tokenizer.vocabulary:
-            raise DataError(
-                f"document {self.num_documents} has token {int(document.max())}, outside the vocabulary of "
-                f"{self.tokenizer.vocabulary}; use the tokenizer that made the tokens"
-            )
+            raise self._refusal(origin, 0, f"{len(document):,} tokens, more than {LARGEST_TOKENS:,}; cut it first")
+        vocabulary = self.tokenizer.vocabulary
+        if len(document) and not 0 <= int(document.min()) <= int(document.max()) < vocabulary:
+            first = int(np.argmax((document < 0) | (document >= vocabulary)))
+            words = f"token {int(document[first])}, outside the vocabulary of {vocabulary}; use the tokenizer that made the tokens"
+            raise self._refusal(origin, first, words)
         self.parts.append(document.astype(self.dtype))
         self.lengths.append(len(document))
         self.pending_bytes += self.parts[-1].nbytes
         if self.pending_bytes >= self.shard_bytes:
             self.close_shard()
+
+    def _refusal(self, origin: str | None, token: int, words: str) -> DataError:
+        """For a document that has `words` at one of its tokens."""
+        shard = self.folder / f"shard-{len(self.shards):05d}.bin"
+        byte = self.pending_bytes + token * np.dtype(self.dtype).itemsize
+        return DataError(f"{origin or f'document {self.num_documents}'} (byte {byte:,} of {shard}) has {words}")
 
     @property
     def num_documents(self) -> int:
@@ -170,7 +177,7 @@ def write_manifest(folder: Path, manifest: DatasetManifest) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Temporary file, sync, rename."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other containers have a process of the same number
     try:
         with fresh.open("wb") as file:
             file.write(content)
