@@ -22,6 +22,7 @@ from trainer.data.stream.shards import (
     Tokenizer,
     read_manifest,
     verify_dataset,
+    write_file,
 )
 from trainer.errors import DataError
 
@@ -162,3 +163,9 @@ def test_a_killed_writer_leaves_no_readable_dataset(tmp_path: Path) -> None:
     process.wait()
     with pytest.raises(DataError, match=r"no manifest\.json"):
         read_manifest(tmp_path / "set")
+
+
+def test_files_are_replaced_under_names_that_no_other_container_takes(tmp_path: Path) -> None:
+    (tmp_path / f".a.{os.getpid()}").mkdir()  # another's, of the same process number
+    write_file(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"

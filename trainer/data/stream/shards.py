@@ -129,14 +129,10 @@ class DatasetWriter:
 
     def _refusal(self, origin: str | None, token: int, words: str) -> DataError:
         """For a document that has `words` at one of its tokens."""
-        shard = self.folder / f"shard-{len(self.shards):05d}.bin"
+        number = sum(shard.documents for shard in self.shards) + len(self.lengths)
+        file = self.folder / f"shard-{len(self.shards):05d}.bin"
         byte = self.pending_bytes + token * np.dtype(self.dtype).itemsize
-        return DataError(f"{origin or f'document {self.num_documents}'} (byte {byte:,} of {shard}) has {words}")
-
-    @property
-    def num_documents(self) -> int:
-        """Added so far."""
-        return sum(shard.documents for shard in self.shards) + len(self.lengths)
+        return DataError(f"{origin or f'document {number}'} (byte {byte:,} of {file}) has {words}")
 
     def close_shard(self) -> None:
         """Write what was added since the last shard."""
@@ -201,20 +197,28 @@ def read_manifest(folder: Path) -> DatasetManifest:
     """The manifest of a dataset's folder; DataError says what is wrong with it."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        stated = content.pop("dataset_id", None)
-        manifest = DatasetManifest.model_validate_json(json.dumps(content))
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise DataError(
             f"{folder} is no token dataset: it has no {MANIFEST}; make one with `samestep data tokenize`"
         ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def parse_manifest(content: bytes, place: str) -> DatasetManifest:
+    """A manifest that is what was written; DataError where not. place: of it, for messages."""
+    try:
+        fields = json.loads(content)
+        stated = fields.pop("dataset_id", None)
+        manifest = DatasetManifest.model_validate_json(json.dumps(fields))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{place} cannot be read: {error}") from None
     if stated != manifest.dataset_id:
-        raise DataError(f"{path} was edited: its dataset_id does not match its content")
+        raise DataError(f"{place} was edited: its dataset_id does not match its content")
     return manifest
 
 
@@ -228,13 +232,13 @@ class ShardReader:
         wanted = shard.data_offset + shard.tokens * self.dtype.itemsize
         try:
             size = self.path.stat().st_size
+            self.bytes = np.asarray(np.memmap(self.path, np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
         except OSError as error:
             raise DataError(f"{self.path}: {(error.strerror or str(error)).lower()}") from None
         if size < wanted or len(shard.blocks) != -(-size // BLOCK):
             raise DataError(
                 f"{self.path} has {size:,} bytes, but its manifest says {wanted:,}: it is truncated or another file"
             )
-        self.bytes = np.asarray(np.memmap(self.path, np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
         self.array: Tokens = self.bytes[shard.data_offset : wanted].view(self.dtype)
         self.verified = bytearray(len(shard.blocks))
         self.num_unverified = len(shard.blocks)
