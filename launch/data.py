@@ -40,6 +40,8 @@ def tokenize(
     tokenizer: TokenizerOption,
     eos: EosOption = None,
     column: Annotated[str, typer.Option(help="Column of JSON lines, Parquet and datasets.")] = "text",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub dataset or one on disk.  [default: train]")] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Tokenizing threads; the dataset is the same for any number.")
     ] = 1,
@@ -61,7 +63,15 @@ def tokenize(
             bar.update(task, description=words)
 
         manifest = tokenize_documents(
-            inputs, output, tokenizer_path(tokenizer), eos=eos, column=column, workers=workers, watch=watch
+            inputs,
+            output,
+            tokenizer_path(tokenizer),
+            eos=eos,
+            column=column,
+            subset=subset,
+            split=split,
+            workers=workers,
+            watch=watch,
         )
     print(f"{output}: {summary(manifest)}")
 

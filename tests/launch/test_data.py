@@ -68,6 +68,8 @@ def test_foreign_files_are_adopted(tokenizer: Path, tmp_path: Path, capsys: pyte
     run("adopt", str(tmp_path), "--tokenizer", str(tokenizer), "--eos", "<end>")
     assert "5 tokens in 2 documents" in capsys.readouterr().out
     run("verify", str(tmp_path))
+    run("adopt", str(tmp_path), "--tokenizer", str(tokenizer), code=2)
+    assert "is a token dataset already" in capsys.readouterr().err
 
 
 def test_mistakes_exit_with_2(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +86,19 @@ def test_mistakes_exit_with_2(tokenizer: Path, tmp_path: Path, capsys: pytest.Ca
         (
             ["tokenize", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "o"), "--tokenizer", "nowhere"],
             "give a tokenizer.json",
+        ),
+        (
+            [
+                "tokenize",
+                str(tmp_path / "bad.txt"),
+                "--output",
+                str(tmp_path / "o"),
+                "--tokenizer",
+                str(tokenizer),
+                "--split",
+                "test",
+            ],
+            "choose from a hub dataset, and no INPUT is one",
         ),
         (["stats", str(tmp_path)], "is no token dataset"),
         (["adopt", str(tmp_path), "--tokenizer", str(tokenizer)], "has no .ds and no .bin file"),
@@ -145,6 +160,14 @@ def test_show_prints_a_samples_place_and_text(tmp_path: Path, capsys: pytest.Cap
 def test_bench_reads_and_says_how_fast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("bench", "recipes/pretrain_clm.py", *tiny_settings(tmp_path), "--seconds", "0.2")
     assert re.search(r"[\d,]+ rows of 48 in 0\.\d\d s: [\d,]+ rows/s, [\d,]+ tokens/s", capsys.readouterr().out)
+
+
+def test_weights_that_are_no_numbers_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, *others = tiny_settings(tmp_path)
+    words = [*others, f"data.sources={tmp_path / 'tokens'},{tmp_path / 'tokens'}"]
+    for settings in (["data.weights=1,1", "data.later_weights=10:nan/1"], ["data.weights=inf,1"]):
+        run("show", "recipes/pretrain_clm.py", "0", *words, *settings, code=2)
+        assert ": one weight of 0 or more for each source, and not all 0" in capsys.readouterr().err
 
 
 def test_show_of_a_recipe_without_token_datasets_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Files written by other tools' published layouts are read in place: the same tokens, the same documents, no copy."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.stream.test_tokenize import documents_of
+from tests.tiny import tiny_tokens
 from trainer.data.stream.adopt import adopt
 from trainer.data.stream.shards import Tokenizer, read_manifest
 from trainer.errors import DataError
@@ -45,12 +47,26 @@ def write_llm_c(folder: Path) -> None:
     (folder / "a.bin").write_bytes(header.tobytes() + np.array(first, "<u2").tobytes())
 
 
+def write_llama_3(folder: Path) -> None:
+    """The same of llm.c's for Llama 3: another magic and version, uint32, <|begin_of_text|> first."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, len(FLAT)
+    first = [token for document in DOCUMENTS for token in [EOS, *document[:-1]]]
+    (folder / "a.bin").write_bytes(header.tobytes() + np.array(first, "<u4").tobytes())
+
+
 def write_nanogpt(folder: Path) -> None:
     """nanoGPT's prepare.py: uint16 and nothing else."""
     np.array(FLAT, "<u2").tofile(folder / "train.bin")
 
 
-WRITERS = {"datatrove": write_datatrove, "megatron": write_megatron, "llm.c": write_llm_c, "nanogpt": write_nanogpt}
+WRITERS = {
+    "datatrove": write_datatrove,
+    "megatron": write_megatron,
+    "llm.c": write_llm_c,
+    "llama 3": write_llama_3,
+    "nanogpt": write_nanogpt,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -59,7 +75,7 @@ def test_a_foreign_file_is_read_in_place(name: str, tmp_path: Path) -> None:
     before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in tmp_path.iterdir()}
     adopt(tmp_path, TOKENIZER)
     assert {n: (p.stat().st_ino, p.read_bytes()) for n in before for p in [tmp_path / n]} == before
-    wanted = [[EOS, *document[:-1]] for document in DOCUMENTS] if name == "llm.c" else DOCUMENTS
+    wanted = [[EOS, *document[:-1]] for document in DOCUMENTS] if name in ("llm.c", "llama 3") else DOCUMENTS
     assert documents_of(tmp_path) == wanted
     assert sum(path.stat().st_size for path in tmp_path.glob("*.ends")) == 8 * len(DOCUMENTS)
     assert read_manifest(tmp_path).num_tokens == len(FLAT)
@@ -81,5 +97,38 @@ def test_tokens_outside_the_vocabulary_and_empty_folders_are_refused(tmp_path: P
     with pytest.raises(DataError, match=r"has no \.ds and no \.bin file"):
         adopt(tmp_path, TOKENIZER)
     write_nanogpt(tmp_path)
-    with pytest.raises(DataError, match=r"train\.bin has token 99, outside the vocabulary of 50"):
+    with pytest.raises(DataError, match=r"train\.bin has token 99 at byte 6, outside the vocabulary of 50"):
         adopt(tmp_path, TOKENIZER.model_copy(update={"vocabulary": 50}))
+    with pytest.raises(DataError, match=r"train\.bin has no header.* cannot hold a vocabulary of 128,256"):
+        adopt(tmp_path, TOKENIZER.model_copy(update={"vocabulary": 128_256}))
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_marker_that_no_llm_c_document_begins_with_is_refused(tmp_path: Path) -> None:
+    write_llama_3(tmp_path)  # Llama 3's own end-of-text token is not in such files
+    with pytest.raises(DataError, match=r"--eos \(id 98\) is nowhere in .*a\.bin; .*<\|begin_of_text\|>"):
+        adopt(tmp_path, TOKENIZER.model_copy(update={"eos": 98}))
+
+
+def test_a_document_of_2_to_the_31_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.ds").touch()
+    os.truncate(tmp_path / "a.ds", 2 * 2**31)  # sparse: no disk, and refused before it is read
+    np.array([2**31], "<u8").tofile(tmp_path / "a.ds.index")
+    with pytest.raises(DataError, match=r"a\.ds has a document of 2,147,483,648 tokens"):
+        adopt(tmp_path, TOKENIZER)
+
+
+def test_a_dataset_keeps_its_manifest(tmp_path: Path) -> None:
+    folder = tiny_tokens(tmp_path / "tokens")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DataError, match=r"tokens is a token dataset already"):
+        adopt(folder, TOKENIZER)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_name_that_no_manifest_holds_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    write_nanogpt(tmp_path)
+    (tmp_path / "train.bin").rename(tmp_path / "a+b.bin")
+    with pytest.raises(DataError, match=r"a\+b\.bin: a token file's name is letters"):
+        adopt(tmp_path, TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["a+b.bin"]

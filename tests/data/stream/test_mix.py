@@ -33,7 +33,7 @@ def test_weights_are_met_to_one_sample_at_every_blocks_end(weights: list[float],
     mixture = Mixture([Stage(0, tuple(weights))], seed=1)
     samples = number * mixture.block
     for count, weight in zip(mixture.counts(samples), weights, strict=True):
-        assert abs(count - weight / sum(weights) * samples) <= 1 + samples * 1e-6  # weights are kept to one in 10^6
+        assert abs(count - weight / sum(weights) * samples) <= 1 + samples * 1e-12  # of floats
     assert sum(mixture.counts(samples)) == samples
 
 
@@ -46,6 +46,11 @@ def test_stages_change_the_weights_from_a_sample_on() -> None:
         assert source == (0 if sample < 1000 else 1) or sample >= 2500
         seen[source] += 1
     assert mixture.counts(2500) == (1000, 1500)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((3e-7, 3e-7), (500, 500)), ((4e-7, 6e-7), (400, 600))])
+def test_small_weights_count_by_their_ratio(weights: tuple[float, float], shares: tuple[int, int]) -> None:
+    assert Mixture([Stage(0, weights)], seed=1).counts(1024 * 1000) == tuple(1024 * share for share in shares)
 
 
 def test_a_seek_needs_no_history() -> None:
@@ -65,6 +70,8 @@ def test_a_seek_needs_no_history() -> None:
         [Stage(0, (-1, 2))],
         [Stage(0, (1,)), Stage(9, (1, 1))],
         [Stage(0, (1, 1e-9))],
+        [Stage(0, (1, 1)), Stage(9, (float("nan"), 1))],
+        [Stage(0, (1, float("inf")))],
     ],
 )
 def test_stages_that_cannot_be_followed_are_refused(stages: list[Stage]) -> None:

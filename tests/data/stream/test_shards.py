@@ -22,6 +22,7 @@ from trainer.data.stream.shards import (
     Tokenizer,
     read_manifest,
     verify_dataset,
+    write_file,
 )
 from trainer.errors import DataError
 
@@ -135,10 +136,14 @@ def read_one(folder: Path) -> None:
 
 def test_tokens_and_documents_that_cannot_be_are_refused(tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path / "set", TOKENIZER)
-    with pytest.raises(DataError, match="token 50000, outside the vocabulary of 50000"):
+    with pytest.raises(
+        DataError, match=r"byte 2 of .*shard-00000\.bin\) has token 50000, outside the vocabulary of 50000"
+    ):
         writer.add(np.array([1, 50_000]))
+    with pytest.raises(DataError, match=r"a\.txt \(byte 0 of .*\) has token -1, outside"):
+        writer.add(np.array([-1, 1]), "a.txt")
     huge = np.broadcast_to(np.zeros(1, np.uint16), LARGEST_TOKENS + 1)  # takes two bytes
-    with pytest.raises(DataError, match="longer than 2,147,483,647"):
+    with pytest.raises(DataError, match=r"document 0 \(byte 0 of .*shard-00000\.bin\) has 2,147,483,648 tokens, more"):
         writer.add(huge)
     writer.add(np.zeros(0, np.int64))  # an empty document is one
     assert writer.finish().shards[0].documents == 1
@@ -158,3 +163,9 @@ def test_a_killed_writer_leaves_no_readable_dataset(tmp_path: Path) -> None:
     process.wait()
     with pytest.raises(DataError, match=r"no manifest\.json"):
         read_manifest(tmp_path / "set")
+
+
+def test_files_are_replaced_under_names_that_no_other_container_takes(tmp_path: Path) -> None:
+    (tmp_path / f".a.{os.getpid()}").mkdir()  # another's, of the same process number
+    write_file(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"

@@ -16,9 +16,10 @@ import pytest
 import tokenizers
 
 from trainer.data.assets import stdlib_files
+from trainer.data.stream import tokenize as tokenize_module
 from trainer.data.stream.documents import read_documents
 from trainer.data.stream.shards import ShardReader, read_manifest
-from trainer.data.stream.tokenize import tokenize
+from trainer.data.stream.tokenize import PROGRESS, Tally, tokenize
 from trainer.errors import DataError
 
 END = "<end>"
@@ -104,6 +105,73 @@ def test_one_and_two_workers_and_a_kill_give_the_same_dataset(tokenizer: Path, t
     again = tokenize(names, tmp_path / "killed", tokenizer, eos=END, shard_bytes=200_000)
     assert again.dataset_id == whole.dataset_id
     assert any(path.stat().st_mtime_ns == written for path, written in kept.items())  # it went on
+
+
+def interrupted(folder: Path, output: Path, tokenizer: Path) -> None:
+    """A run over the texts of a folder that ends after its second unit, with some shards written."""
+    seen: list[Tally] = []
+
+    def watch(tally: Tally) -> None:
+        seen.append(tally)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize([str(folder)], output, tokenizer, eos=END, shard_bytes=3000, watch=watch)
+    assert len(list(output.glob("*.bin"))) > 3
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of texts that are several units, which are small here."""
+    monkeypatch.setattr(tokenize_module, "UNIT_CHARACTERS", 20_000)
+    (tmp_path / "many").mkdir()
+    for number in range(60):
+        (tmp_path / "many" / f"{number:02d}.txt").write_text(f"number {number} " * 200)
+    return tmp_path / "many"
+
+
+@pytest.mark.parametrize("change", ["none", "other text", "one more", "one less"])
+def test_a_run_goes_on_only_with_the_files_it_began_with(
+    change: str, many: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    interrupted(many, tmp_path / "out", tokenizer)
+    first = many / "00.txt"
+    if change == "other text":
+        first.write_text(first.read_text().replace("number", "NUMBER"))
+    elif change == "one more":
+        (many / "000.txt").write_text("more")
+    elif change == "one less":
+        first.unlink()
+    kept = (tmp_path / "out" / "shard-00000.bin").stat().st_mtime_ns
+    again = tokenize([str(many)], tmp_path / "out", tokenizer, eos=END, shard_bytes=3000)
+    whole = tokenize([str(many)], tmp_path / "whole", tokenizer, eos=END, shard_bytes=3000)
+    assert again.dataset_id == whole.dataset_id
+    assert (kept == (tmp_path / "out" / "shard-00000.bin").stat().st_mtime_ns) == (change == "none")
+
+
+@pytest.mark.parametrize("torn", [b'{"documents": 17, "sha', b"", None])
+def test_progress_is_a_line_a_shard_and_the_last_may_be_torn(
+    torn: bytes | None, many: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    interrupted(many, tmp_path / "out", tokenizer)
+    progress = tmp_path / "out" / PROGRESS
+    content = progress.read_bytes()
+    assert content.count(b"\n") == 1 + len(list((tmp_path / "out").glob("*.bin")))
+    progress.write_bytes(content[:-1] if torn is None else content + torn)
+    again = tokenize([str(many)], tmp_path / "out", tokenizer, eos=END, shard_bytes=3000)
+    assert again == tokenize([str(many)], tmp_path / "whole", tokenizer, eos=END, shard_bytes=3000)
+    assert not progress.exists()
+
+
+def test_a_token_outside_the_vocabulary_names_the_document_and_the_byte(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 5}, unk_token="a"))  # ids with a gap
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "in.jsonl").write_text('{"text": "a a"}\n{"text": "a b a"}\n')
+    wanted = r"in\.jsonl, line 2 \(byte 6 of .*shard-00000\.bin\) has token 5, outside the vocabulary of 2"
+    with pytest.raises(DataError, match=wanted):
+        tokenize([str(tmp_path / "in.jsonl")], tmp_path / "out", tmp_path / "tokenizer.json", eos=None)
 
 
 def test_truncation_and_padding_stored_in_the_tokenizer_are_not_used(tokenizer: Path, tmp_path: Path) -> None:

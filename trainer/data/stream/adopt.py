@@ -4,12 +4,14 @@
 |---|---|---|
 | .ds | datatrove | raw tokens; .ds.index holds document ends, uint64; .ds.metadata names the token size |
 | .bin + .idx | Megatron-LM | raw tokens; .idx: MMIDIDX, version, dtype, counts, lengths, pointers, documents |
-| .bin, magic 20240520 | llm.c | header of 256 int32, then uint16 |
+| .bin, magic 20240520 | llm.c, GPT-2 | header of 256 int32, then uint16 |
+| .bin, magic 20240801 | llm.c, Llama 3 | header of 256 int32, then uint32 |
 | .bin | nanoGPT | headerless uint16 |
 
 Where a format keeps no document ends, a document ends with, or begins with, the end-of-text token. Reads each file once, to hash it.
 """
 
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.stream.shards import (
+    FILE_NAME,
+    LARGEST_TOKENS,
+    MANIFEST,
     DatasetManifest,
     Shard,
     Tokenizer,
+    Tokens,
     block_hashes,
     hash_bytes,
     write_file,
@@ -29,7 +35,9 @@ from trainer.data.stream.shards import (
 )
 from trainer.errors import DataError
 
-LLM_C_MAGIC, LLM_C_HEADER = 20240520, 1024
+LLM_C_HEADER = 1024
+LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+"""Magic -> version and type of llm.c's HEADERS_INFO, for GPT-2 and Llama 3."""
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {4: "uint32", 8: "uint16"}  # int32 and uint16; a token id is never negative
 
@@ -46,13 +54,8 @@ class Foreign:
 
 def adopt(folder: Path, tokenizer: Tokenizer, *, watch: Callable[[str], None] = lambda name: None) -> DatasetManifest:
     """Make a folder of another tool's token files a dataset. watch: called with each file's name. DataError names what does not fit."""
-    files = sorted([*folder.glob("*.ds"), *folder.glob("*.bin")])
-    if not files:
-        raise DataError(
-            f"{folder} has no .ds and no .bin file; give the folder of a datatrove, Megatron, llm.c or nanoGPT dataset"
-        )
     shards, dtypes = [], set()
-    for file in files:
+    for file in foreign_files(folder):
         watch(file.name)
         found = read_foreign(file, tokenizer)
         dtypes.add(found.dtype)
@@ -76,6 +79,23 @@ def adopt(folder: Path, tokenizer: Tokenizer, *, watch: Callable[[str], None] = 
     return manifest
 
 
+def foreign_files(folder: Path) -> list[Path]:
+    """The token files of a folder that is no dataset yet, by name. DataError for a name that a manifest cannot hold."""
+    if (folder / MANIFEST).exists():
+        raise DataError(f"{folder} is a token dataset already; to adopt its files anew, delete its {MANIFEST}")
+    files = sorted([*folder.glob("*.ds"), *folder.glob("*.bin")])
+    if not files:
+        raise DataError(
+            f"{folder} has no .ds and no .bin file; give the folder of a datatrove, Megatron, llm.c or nanoGPT dataset"
+        )
+    for file in files:
+        if not re.fullmatch(FILE_NAME, file.name):
+            raise DataError(
+                f"{file}: a token file's name is letters, digits, '.', '_' and '-', and begins with no '.'; rename it"
+            )
+    return files
+
+
 def read_foreign(file: Path, tokenizer: Tokenizer) -> Foreign:
     """Layout and document ends of one file, checked against its size and the vocabulary."""
     try:
@@ -92,15 +112,25 @@ def read_foreign(file: Path, tokenizer: Tokenizer) -> Foreign:
         raise DataError(
             f"{file} holds {len(tokens):,} tokens, but its documents end elsewhere: it is truncated or another file's"
         )
-    for start in range(0, len(tokens), 2**24):
-        largest = int(tokens[start : start + 2**24].max(initial=0))
-        if largest >= tokenizer.vocabulary:
-            raise DataError(
-                f"{file} has token {largest}, outside the vocabulary of {tokenizer.vocabulary}; give the tokenizer that "
-                "made it"
-            )
-
+    longest = int(np.diff(found.ends, prepend=0).max())
+    if longest > LARGEST_TOKENS:
+        raise DataError(
+            f"{file} has a document of {longest:,} tokens, longer than {LARGEST_TOKENS:,}; give --eos, or cut it"
+        )
+    check_vocabulary(file, tokens, found.data_offset, tokenizer.vocabulary)
     return found
+
+
+def check_vocabulary(file: Path, tokens: Tokens, data_offset: int, vocabulary: int) -> None:
+    """DataError with the place of the first token outside the vocabulary."""
+    for start in range(0, len(tokens), 2**24):
+        part = tokens[start : start + 2**24]
+        if int(part.max(initial=0)) >= vocabulary:
+            first = int(np.argmax(part >= vocabulary))
+            raise DataError(
+                f"{file} has token {int(part[first])} at byte {data_offset + (start + first) * part.itemsize:,}, outside the "
+                f"vocabulary of {vocabulary}; give the tokenizer that made it"
+            )
 
 
 def tokens_of(file: Path, dtype: str, data_offset: int) -> NDArray[np.generic]:
@@ -142,16 +172,32 @@ def read_bin(file: Path, tokenizer: Tokenizer) -> Foreign:
     """llm.c's header or none."""
     with file.open("rb") as opened:
         start = opened.read(12)
-    head = np.frombuffer(start, "<i4") if len(start) == 12 else np.zeros(3, "<i4")
-    if int(head[0]) == LLM_C_MAGIC:
-        if int(head[1]) != 1:
-            raise ValueError(f"its llm.c header has version {int(head[1])}; 1 is read")
-        tokens = tokens_of(file, "uint16", LLM_C_HEADER)
-        if int(head[2]) != len(tokens):
-            raise ValueError(f"its llm.c header says {int(head[2]):,} tokens, but it has {len(tokens):,}")
-        return Foreign("uint16", LLM_C_HEADER, ends_by_marker(tokens, tokenizer.eos, is_first=True))
+    magic, version, count = np.frombuffer(start, "<i4").tolist() if len(start) == 12 else (0, 0, 0)
+    if magic in LLM_C:
+        return read_llm_c(file, tokenizer, magic, (version, count))
+    if tokenizer.vocabulary > 2**16:
+        raise DataError(
+            f"{file} has no header, so its tokens are uint16, which cannot hold a vocabulary of {tokenizer.vocabulary:,}; give the "
+            "tokenizer that made it, or write it as uint32 in a format that says so"
+        )
     tokens = tokens_of(file, "uint16", 0)
     return Foreign("uint16", 0, ends_by_marker(tokens, tokenizer.eos, is_first=False))
+
+
+def read_llm_c(file: Path, tokenizer: Tokenizer, magic: int, stated: tuple[int, int]) -> Foreign:
+    """llm.c's file; each document begins with the marker. stated: version and number of tokens, of the header."""
+    version, dtype = LLM_C[magic]
+    if stated[0] != version:
+        raise ValueError(f"its llm.c header of magic {magic} has version {stated[0]}; {version} is read")
+    tokens = tokens_of(file, dtype, LLM_C_HEADER)
+    if stated[1] != len(tokens):
+        raise ValueError(f"its llm.c header says {stated[1]:,} tokens, but it has {len(tokens):,}")
+    if tokenizer.eos is not None and not (tokens == tokenizer.eos).any():
+        raise DataError(
+            f"--eos (id {tokenizer.eos}) is nowhere in {file}; give the token that each document begins with, as "
+            "'<|endoftext|>' of GPT-2 and '<|begin_of_text|>' of Llama 3, or no --eos"
+        )
+    return Foreign(dtype, LLM_C_HEADER, ends_by_marker(tokens, tokenizer.eos, is_first=True))
 
 
 def ends_by_marker(tokens: NDArray[np.generic], eos: int | None, *, is_first: bool) -> NDArray[np.int64]:

@@ -15,11 +15,8 @@ from numpy.typing import NDArray
 
 from trainer.config import LiveData
 from trainer.data.batches import IGNORED
-from trainer.data.stream.documents import list_files
+from trainer.data.stream.documents import format_of, list_files, reason
 from trainer.errors import DataError
-
-FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".gz": "json", ".zst": "json"}
-"""Suffix -> the `datasets` builder; other files are text, a document each."""
 
 Rows = dict[str, NDArray[np.int64]]
 
@@ -32,8 +29,7 @@ def open_dataset(data: LiveData) -> Any:
         found = open_files(files) if files is not None else open_hub(data)
         first = next(iter(found), None)
     except Exception as error:  # of any builder behind datasets
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data.source ({data.source}) cannot be streamed: {reason}") from None
+        raise DataError(f"data.source ({data.source}) cannot be streamed: {reason(error)}") from None
     if first is None:
         raise DataError(f"data.source ({data.source}) holds no document")
     if not isinstance(first.get(data.column), str):
@@ -54,7 +50,7 @@ def open_files(files: list[Path]) -> Any:
     """Local files of one kind as a stream."""
     import datasets
 
-    kinds = {FORMATS.get(file.suffix, "text") for file in files}
+    kinds = {format_of(file) for file in files}
     if len(kinds) > 1:
         raise DataError(f"{files[0]} and the others are of several kinds ({', '.join(sorted(kinds))}); give one kind")
     (kind,) = kinds
@@ -101,7 +97,12 @@ class LiveRows:
 
     def read_document(self) -> None:
         """Append the next document's tokens. DataError after `data.max_epochs` passes."""
-        example = next(self.examples, None)
+        try:
+            example = next(self.examples, None)
+        except Exception as error:  # of any builder or network library behind datasets
+            raise DataError(
+                f"data.source ({self.data.source}) cannot be read on after {self.num_documents:,} documents of this rank: {reason(error)}"
+            ) from None
         if example is None:
             self.epoch += 1
             if self.epoch >= self.data.max_epochs:

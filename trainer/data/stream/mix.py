@@ -121,7 +121,7 @@ def targets(shares: Sequence[Fraction], samples: int) -> tuple[int, ...]:
 
 def normalised(weights: Sequence[float]) -> tuple[Fraction, ...]:
     """Weights as exact shares of 1."""
-    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, and 4e-7 beside 6e-7 is not rounded away
     return tuple(weight / sum(exact) for weight in exact)
 
 
@@ -130,7 +130,13 @@ def check_stages(stages: Sequence[Stage]) -> None:
     if not stages or stages[0].start != 0 or list(stages) != sorted(stages, key=lambda stage: stage.start):
         raise ConfigError("data.stages: the first must start at sample 0, and each later than the one before")
     for stage in stages:
-        if len(stage.weights) != len(stages[0].weights) or min(stage.weights) < 0 or sum(stage.weights) <= 0:
+        is_finite = all(map(math.isfinite, stage.weights))
+        if (
+            len(stage.weights) != len(stages[0].weights)
+            or not is_finite
+            or min(stage.weights) < 0
+            or sum(stage.weights) <= 0
+        ):
             raise ConfigError(f"data.weights ({stage.weights}): one weight of 0 or more for each source, and not all 0")
         if any(0 < weight < SMALLEST_SHARE * sum(stage.weights) for weight in stage.weights):
             raise ConfigError(

@@ -4,23 +4,40 @@ The folder is named by the dataset's content, so any number of runs share it. Al
 file. Invariant: a file under its own name is complete and was verified; readers verify its blocks again.
 """
 
+import errno
 import hashlib
 import random
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from trainer.data.stream.shards import BLOCK, MANIFEST, DatasetManifest, Shard, hash_bytes, read_manifest, write_file
+from trainer.data.stream.patience import Alive, within
+from trainer.data.stream.shards import BLOCK, MANIFEST, DatasetManifest, Shard, hash_bytes, parse_manifest, write_file
 from trainer.errors import DataError
+
+T = TypeVar("T")
 
 TRIES = 5
 FIRST_WAIT_S = 0.5
+STALL_S = 120.0
+"""A read that gives nothing for so long has failed. Object stores are read in blocks of up to 50 MiB: that is 0.4 MB/s."""
+LOCK_S = TRIES * STALL_S
+"""A lock that another process keeps twice as long, while its download does not grow, is given up: that one should have failed by then."""
 AHEAD = 2
 """Downloads at once, ahead of their use."""
+TOKENIZER = "tokenizer.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+UNLIKE = "its content is not what the manifest states"
+
+
+class NotThereError(DataError):
+    """The URL has no such file."""
 
 
 def is_url(source: str) -> bool:
@@ -33,16 +50,27 @@ class RemoteDataset:
 
     def __init__(self, url: str, cache: Path, *, limit_bytes: float) -> None:
         """url: the folder that holds manifest.json. limit_bytes: of shard files kept. DataError where it cannot be reached."""
-        self.url, self.limit_bytes = url.rstrip("/"), limit_bytes
+        self.url, self.limit_bytes, self.cache = url.rstrip("/"), limit_bytes, cache
         self.filesystem, self.root = open_filesystem(self.url)
-        content = self.read(MANIFEST)
-        stated = hashlib.sha256(content).hexdigest()[:32]
-        self.folder = cache / "shards" / stated
+        place = f"{self.url}/{MANIFEST}"
+        content = self.read(MANIFEST, lambda found: bool(parse_manifest(found, place)))
+        self.manifest: DatasetManifest = parse_manifest(content, place)
+        self.folder = cache / "shards" / hashlib.sha256(content).hexdigest()[:32]
         self.write(MANIFEST, content)
-        self.manifest: DatasetManifest = read_manifest(self.folder)
-        if not (self.folder / "tokenizer.json").exists() and self.exists("tokenizer.json"):
-            self.write("tokenizer.json", self.read("tokenizer.json"))
-        self.downloads = ThreadPoolExecutor(AHEAD, thread_name_prefix="shards")
+        self.tokenizer()
+        self.wanted: deque[tuple[int, Sequence[int]]] = deque()
+        self.downloads: list[threading.Thread] = []
+
+    def tokenizer(self) -> None:
+        """Let tokenizer.json be on disk, if the URL has one: another source's will do."""
+
+        def is_good(content: bytes) -> bool:
+            return hashlib.sha256(content).hexdigest() == self.manifest.tokenizer.sha256
+
+        path = self.folder / TOKENIZER
+        if not (path.is_file() and is_good(path.read_bytes())):
+            with suppress(NotThereError):
+                self.write(TOKENIZER, self.read(TOKENIZER, is_good))
 
     def require_room(self, shards_at_once: int) -> None:
         """DataError unless so many of the largest shards fit the limit."""
@@ -70,25 +98,53 @@ class RemoteDataset:
         if path.exists():
             return
         try:
-            with FileLock(self.folder / f".{shard.file}.lock"):
+            with self.locked(shard.file, self.part(shard)):
                 if not path.exists() and self.make_room(number, upcoming, ahead=ahead):
                     self.download(shard, path)
         except OSError as error:
-            raise DataError(
-                f"{path}, of {self.url}, cannot be written: {error.strerror or error}; free space there or set data.cache"
-            ) from None
+            raise self.unwritable(path, error) from None
 
     def fetch_ahead(self, numbers: Sequence[int], upcoming: Sequence[int]) -> None:
-        """Start downloads; one that fails is tried again, and reported, when the shard is needed."""
-        for number in numbers:
-            if not (self.folder / self.manifest.shards[number].file).exists():
-                self.downloads.submit(self.fetch, number, upcoming, ahead=True)
+        """Start downloads in place of those not yet begun; one that fails is tried again, and reported, when the shard is needed."""
+        missing = [number for number in numbers if not (self.folder / self.manifest.shards[number].file).exists()]
+        self.wanted = deque((number, upcoming) for number in missing)
+        self.downloads = [thread for thread in self.downloads if thread.is_alive()]
+        for _ in range(min(AHEAD, len(missing)) - len(self.downloads)):
+            self.downloads.append(threading.Thread(target=self._fetch_wanted, name="shards", daemon=True))
+            self.downloads[-1].start()  # a daemon: a process that ends waits for no download
+
+    def _fetch_wanted(self) -> None:
+        while True:
+            try:
+                number, upcoming = self.wanted.popleft()
+            except IndexError:
+                return
+            with suppress(DataError):
+                self.fetch(number, upcoming, ahead=True)
+
+    @contextmanager
+    def locked(self, name: str, growing: Path) -> Iterator[None]:
+        """Hold a lock of this node. DataError where another process keeps it and the file that it writes does not grow."""
+        lock, size = FileLock(self.folder / f".{name}.lock"), -1
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=LOCK_S)
+            except Timeout:
+                before, size = size, size_on_disk(growing)
+                if size == before:
+                    raise DataError(
+                        f"{lock.lock_file}, of {self.url}, has been held by another process that does nothing; end it, or set data.cache"
+                    ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def make_room(self, number: int, upcoming: Sequence[int], *, ahead: bool) -> bool:
         """Delete the shards that are needed last until one more fits, and claim its place; False where it does not fit ahead of time."""
         ranks = {shard: rank for rank, shard in reversed(list(enumerate(upcoming)))}
         shards, last = self.manifest.shards, len(upcoming)
-        with FileLock(self.folder / ".room.lock"):
+        with self.locked("room", self.part(shards[number])):
             held = [found for found in range(len(shards)) if found != number and self.is_held(shards[found])]
             kept = sum(size_of(shards[found], self.manifest) for found in held) + size_of(shards[number], self.manifest)
             held.sort(key=lambda found: ranks.get(found, last))
@@ -111,15 +167,19 @@ class RemoteDataset:
 
     def download(self, shard: Shard, path: Path) -> None:
         """Copy a whole file beside its place, hash every block on the way, rename. Under the file's lock."""
-        part = self.part(shard)
+        part, fresh = self.part(shard), self.folder / f".{shard.file}.try"
 
-        def copy() -> bool:
-            with self.filesystem.open(f"{self.root}/{shard.file}", "rb") as source, part.open("wb") as target:
-                blocks = []
-                while block := read_block(source):
-                    blocks.append(hash_bytes(block))
-                    target.write(block)
-            return blocks == shard.blocks
+        def copy(alive: Alive) -> None:
+            with self.filesystem.open(f"{self.root}/{shard.file}", "rb") as source:
+                alive()  # ends a try that was given up while it opened; below, the file of one that hangs is not written on
+                with fresh.open("wb") as target:
+                    fresh.replace(part)
+                    blocks = []
+                    while block := read_block(source, alive):
+                        blocks.append(hash_bytes(block))
+                        target.write(block)
+            if blocks != shard.blocks:
+                raise ValueError(UNLIKE)
 
         try:
             self.retry(shard.file, copy)
@@ -127,50 +187,53 @@ class RemoteDataset:
         finally:
             part.unlink(missing_ok=True)
 
-    def read(self, name: str, is_good: Callable[[bytes], bool] = bool) -> bytes:
+    def read(self, name: str, is_good: Callable[[bytes], bool]) -> bytes:
         """A small file, whole. DataError names the URL."""
-        found = b""
 
-        def get() -> bool:
-            nonlocal found
-            found = self.filesystem.cat_file(f"{self.root}/{name}")
-            return is_good(found)
+        def get(alive: Alive) -> bytes:
+            found = bytes(self.filesystem.cat_file(f"{self.root}/{name}"))
+            if not is_good(found):
+                raise ValueError(UNLIKE)
+            return found
 
-        self.retry(name, get)
-        return found
+        return self.retry(name, get)
 
-    def exists(self, name: str) -> bool:
-        """Whether the URL has such a file."""
-        try:
-            return bool(self.filesystem.exists(f"{self.root}/{name}"))
-        except Exception:  # of any library behind fsspec
-            return False
-
-    def retry(self, name: str, act: Callable[[], bool]) -> None:
-        """Do it until it succeeds, with growing pauses; DataError after TRIES, or at once for a file that is not there."""
+    def retry(self, name: str, act: Callable[[Alive], T]) -> T:
+        """What it returns once it succeeds, with growing pauses; DataError after TRIES, or at once for a missing file and a full disk."""
         problem = ""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
             try:
-                if act():
-                    return
-                problem = "its content is not what the manifest states"
-            except FileNotFoundError:
-                raise DataError(f"{self.url}/{name} does not exist; check data.sources") from None
+                return within(STALL_S, act)
             except Exception as error:  # of any library behind fsspec
-                if isinstance(error, OSError) and error.filename and str(error.filename).startswith(str(self.folder)):
-                    raise
+                if isinstance(error, OSError) and self.is_of_this_disk(error):
+                    raise self.unwritable(self.cache, error) from None
+                if isinstance(error, FileNotFoundError):
+                    raise NotThereError(f"{self.url}/{name} does not exist; check data.sources") from None
                 problem = str(error) or type(error).__name__
         raise DataError(f"{self.url}/{name} could not be read in {TRIES} tries: {problem}")
 
+    def is_of_this_disk(self, error: OSError) -> bool:
+        """Whether it is about the cache: trying again would not help."""
+        return error.errno in DISK_FULL or str(error.filename or "").startswith(str(self.cache))
+
+    def unwritable(self, path: Path, error: OSError) -> DataError:
+        """What to say of a cache that cannot be written."""
+        return DataError(
+            f"{path}, the cache of {self.url}, cannot be written: {error.strerror or error}; free space there or set data.cache"
+        )
+
     def write(self, name: str, content: bytes) -> None:
-        """A small file into the folder; DataError for a cache that cannot be written."""
+        """A small file into the folder, unless it is there; DataError for a cache that cannot be written."""
+        path = self.folder / name
         try:
+            if path.is_file() and path.read_bytes() == content:
+                return
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"{self.folder} cannot be made: {error.strerror}; set data.cache") from None
-        write_file(self.folder / name, content)
+            raise self.unwritable(path, error) from None
+        write_file(path, content)
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -184,12 +247,21 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def read_block(source: Any) -> bytes:
+def read_block(source: Any, alive: Alive) -> bytes:
     """A MiB, or what is left; some files give less than they are asked for."""
     block = b""
     while len(block) < BLOCK and (more := source.read(BLOCK - len(block))):
+        alive()
         block += more
     return block
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, 0 without one."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def size_of(shard: Shard, manifest: DatasetManifest) -> int:

@@ -11,6 +11,7 @@ describe other tools' files in place. Invariant: no token is read before the blo
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,11 @@ BLOCK = 2**20
 SHARD_BYTES = 64 * 10**6
 LARGEST_TOKENS = 2**31 - 1
 """Of one document: positions are int32 in attention kernels."""
+FILE_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+"""Of a dataset's files: in its own folder."""
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
 Tokens = NDArray[Any]
 
 
@@ -109,25 +112,27 @@ class DatasetWriter:
         self.lengths: list[int] = []
         self.pending_bytes = 0
 
-    def add(self, document: Tokens) -> None:
-        """One document's tokens, (n,) of any integer type; closes the shard when it is full."""
+    def add(self, document: Tokens, origin: str | None = None) -> None:
+        """One document's tokens, (n,) of any integer type; closes the shard when it is full. origin: its file, for messages."""
         if len(document) > LARGEST_TOKENS:
-            raise DataError(f"a document of {len(document):,} tokens is longer than {LARGEST_TOKENS:,}; cut it first")
-        if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self.tokenizer.vocabulary:
-            raise DataError(
-                f"document {self.num_documents} has token {int(document.max())}, outside the vocabulary of "
-                f"{self.tokenizer.vocabulary}; use the tokenizer that made the tokens"
-            )
+            raise self._refusal(origin, 0, f"{len(document):,} tokens, more than {LARGEST_TOKENS:,}; cut it first")
+        vocabulary = self.tokenizer.vocabulary
+        if len(document) and not 0 <= int(document.min()) <= int(document.max()) < vocabulary:
+            first = int(np.argmax((document < 0) | (document >= vocabulary)))
+            words = f"token {int(document[first])}, outside the vocabulary of {vocabulary}; use the tokenizer that made the tokens"
+            raise self._refusal(origin, first, words)
         self.parts.append(document.astype(self.dtype))
         self.lengths.append(len(document))
         self.pending_bytes += self.parts[-1].nbytes
         if self.pending_bytes >= self.shard_bytes:
             self.close_shard()
 
-    @property
-    def num_documents(self) -> int:
-        """Added so far."""
-        return sum(shard.documents for shard in self.shards) + len(self.lengths)
+    def _refusal(self, origin: str | None, token: int, words: str) -> DataError:
+        """For a document that has `words` at one of its tokens."""
+        number = sum(shard.documents for shard in self.shards) + len(self.lengths)
+        file = self.folder / f"shard-{len(self.shards):05d}.bin"
+        byte = self.pending_bytes + token * np.dtype(self.dtype).itemsize
+        return DataError(f"{origin or f'document {number}'} (byte {byte:,} of {file}) has {words}")
 
     def close_shard(self) -> None:
         """Write what was added since the last shard."""
@@ -168,7 +173,7 @@ def write_manifest(folder: Path, manifest: DatasetManifest) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Temporary file, sync, rename."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other containers have a process of the same number
     try:
         with fresh.open("wb") as file:
             file.write(content)
@@ -192,20 +197,28 @@ def read_manifest(folder: Path) -> DatasetManifest:
     """The manifest of a dataset's folder; DataError says what is wrong with it."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        stated = content.pop("dataset_id", None)
-        manifest = DatasetManifest.model_validate_json(json.dumps(content))
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise DataError(
             f"{folder} is no token dataset: it has no {MANIFEST}; make one with `samestep data tokenize`"
         ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def parse_manifest(content: bytes, place: str) -> DatasetManifest:
+    """A manifest that is what was written; DataError where not. place: of it, for messages."""
+    try:
+        fields = json.loads(content)
+        stated = fields.pop("dataset_id", None)
+        manifest = DatasetManifest.model_validate_json(json.dumps(fields))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{place} cannot be read: {error}") from None
     if stated != manifest.dataset_id:
-        raise DataError(f"{path} was edited: its dataset_id does not match its content")
+        raise DataError(f"{place} was edited: its dataset_id does not match its content")
     return manifest
 
 
@@ -219,13 +232,13 @@ class ShardReader:
         wanted = shard.data_offset + shard.tokens * self.dtype.itemsize
         try:
             size = self.path.stat().st_size
+            self.bytes = np.asarray(np.memmap(self.path, np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
         except OSError as error:
             raise DataError(f"{self.path}: {(error.strerror or str(error)).lower()}") from None
         if size < wanted or len(shard.blocks) != -(-size // BLOCK):
             raise DataError(
                 f"{self.path} has {size:,} bytes, but its manifest says {wanted:,}: it is truncated or another file"
             )
-        self.bytes = np.asarray(np.memmap(self.path, np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
         self.array: Tokens = self.bytes[shard.data_offset : wanted].view(self.dtype)
         self.verified = bytearray(len(shard.blocks))
         self.num_unverified = len(shard.blocks)

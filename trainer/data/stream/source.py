@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ OPEN_SHARDS = 64
 """Open at a time, of one source: more than a few windows."""
 KEPT_PLAN_BYTES = 16 * 2**20
 """Of the plans that one source keeps in memory: 13 of shards of 64 MB, more than a window."""
+OPEN_TRIES = 5
+"""Of a remote shard, which other processes that share a full cache may give up."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,20 @@ class Source:
                 self.readers.move_to_end(shard)
             return found
         with self.lock:
-            if self.remote is not None:
-                self.fetch(self.remote, shard, epoch)
-            found = self.readers[shard] = ShardReader(self.folder, self.catalog.shard(shard), self.catalog.dtype)
+            found = self.readers[shard] = self._open_shard(shard, epoch)
             if len(self.readers) > OPEN_SHARDS:
                 self.readers.popitem(last=False)
             return found
+
+    def _open_shard(self, shard: int, epoch: int) -> ShardReader:
+        """Fetched first where it is remote, and again where another process gave it up before it was open."""
+        found, dtype = self.catalog.shard(shard), self.catalog.dtype
+        if self.remote is not None:
+            for _ in range(OPEN_TRIES):
+                self.fetch(self.remote, shard, epoch)
+                with suppress(DataError):
+                    return ShardReader(self.folder, found, dtype)
+        return ShardReader(self.folder, found, dtype)
 
     def fetch(self, remote: RemoteDataset, shard: int, epoch: int) -> None:
         """Wait for a shard, and let those of the next window come meanwhile."""

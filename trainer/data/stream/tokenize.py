@@ -2,8 +2,8 @@
 
 Threads, because tokenizers works outside of Python's lock: 2 are as fast as its own batch call, and processes were 12 % slower.
 
-Documents are dealt out in units of about a million characters and come back in order. After every shard the number of documents that it
-ends with is noted, so that a killed run goes on there. Invariant: the dataset depends on documents, tokenizer and shard size alone.
+Documents are dealt out in units of about a million characters and come back in order. After every shard a line notes how many documents
+are in all so far, so that a killed run goes on there. Invariant: the dataset depends on documents, tokenizer and shard size alone.
 """
 
 import hashlib
@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.stream.documents import Document, read_documents
+from trainer.data.stream.documents import Document, read_documents, stamps
 from trainer.data.stream.shards import (
     SHARD_BYTES,
     DatasetManifest,
     DatasetWriter,
     Shard,
+    Strict,
     Tokenizer,
     hash_bytes,
     write_file,
@@ -31,11 +32,19 @@ from trainer.data.stream.shards import (
 from trainer.errors import DataError
 
 UNIT_CHARACTERS = 1_000_000
-PROGRESS = ".progress.json"
+PROGRESS = ".progress.jsonl"
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 Unit = list[Document]
-Tokenized = list[np.ndarray[Any, Any]]
+Tokenized = list[tuple[str, np.ndarray[Any, Any]]]
+"""Place and tokens of each document of a unit."""
+
+
+class Noted(Strict):
+    """A line of the progress file: a shard, and the documents of the input that are in shards with it."""
+
+    documents: int
+    shard: Shard
 
 
 @dataclass(frozen=True)
@@ -54,28 +63,32 @@ def tokenize(
     *,
     eos: str | None,
     column: str = "text",
+    subset: str | None = None,
+    split: str | None = None,
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
     watch: Callable[[Tally], None] = lambda tally: None,
 ) -> DatasetManifest:
-    """Make a dataset. eos: token after every document; None: none. watch: called after every unit.
+    """Make a dataset. eos: token after every document; None: none. subset, split: of hub datasets. watch: called after every unit.
 
-    Run again after a kill with the same arguments it goes on; with others it starts anew. DataError names file and place.
+    Run again after a kill with the same arguments and unchanged files it goes on; with others it starts anew. DataError names file and
+    place.
     """
     tokenizer = describe_tokenizer(tokenizer_file, eos)
-    settings = hash_bytes(json.dumps([inputs, column, tokenizer.model_dump(), shard_bytes]).encode())
+    asked = [inputs, stamps(inputs), column, subset, split, tokenizer.model_dump(), shard_bytes]
+    documents = read_documents(inputs, column, subset=subset, split=split)
     writer = DatasetWriter(output, tokenizer, shard_bytes=shard_bytes)
-    done = take_up(writer, settings)
+    done = take_up(writer, hash_bytes(json.dumps(asked).encode()))
     tally = Tally(done, 0, sum(shard.tokens for shard in writer.shards))
-    documents = skipped(read_documents(inputs, column), done)
-    for unit in tokenized(units(documents), tokenizer_file, tokenizer.eos, workers):
-        num_empty = sum(len(document) <= (tokenizer.eos is not None) for document in unit)
-        tally = Tally(tally.documents + len(unit), tally.empty + num_empty, tally.tokens + sum(map(len, unit)))
-        for number, document in enumerate(unit):
+    for unit in tokenized(units(skipped(documents, done)), tokenizer_file, tokenizer.eos, workers):
+        for number, (place, tokens) in enumerate(unit, start=tally.documents + 1):
             num_shards = len(writer.shards)
-            writer.add(document)
+            writer.add(tokens, place)
             if len(writer.shards) > num_shards:
-                note(output, settings, tally.documents - len(unit) + number + 1, writer.shards)
+                note(output, Noted(documents=number, shard=writer.shards[-1]))
+        lengths = [len(tokens) for _, tokens in unit]
+        num_empty = sum(length <= (tokenizer.eos is not None) for length in lengths)
+        tally = Tally(tally.documents + len(unit), tally.empty + num_empty, tally.tokens + sum(lengths))
         watch(tally)
     if tally.documents == 0:
         raise DataError(f"INPUT ({', '.join(inputs)}) holds no document")
@@ -125,7 +138,9 @@ def tokenized(units: Iterator[Unit], tokenizer_file: Path, eos: int | None, work
 
     def tokenize_unit(unit: Unit) -> Tokenized:
         encoded = tokenizer.encode_batch_fast([document.text for document in unit], add_special_tokens=False)
-        return [np.array(one.ids + end, np.uint32) for one in encoded]
+        return [
+            (document.place, np.array(one.ids + end, np.uint32)) for document, one in zip(unit, encoded, strict=True)
+        ]
 
     before = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "false"  # of the library's own threads; ours are the workers
@@ -151,23 +166,31 @@ def skipped(documents: Iterator[Document], count: int) -> Iterator[Document]:
     return documents
 
 
-def note(output: Path, settings: str, documents: int, shards: list[Shard]) -> None:
-    """Remember, after a shard, how many documents are in the shards so far."""
-    content = {
-        "settings": settings,
-        "documents": documents,
-        "shards": [shard.model_dump(mode="json") for shard in shards],
-    }
-    write_file(output / PROGRESS, json.dumps(content).encode())
+def note(output: Path, noted: Noted) -> None:
+    """Remember a shard, after it was written."""
+    path = output / PROGRESS
+    try:
+        with path.open("ab") as file:
+            file.write(noted.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}; free space there") from None
 
 
 def take_up(writer: DatasetWriter, settings: str) -> int:
     """Put the shards of a killed run with these settings into the writer; how many documents they hold of the input."""
-    try:
-        content = json.loads((writer.folder / PROGRESS).read_bytes())
-        if content["settings"] != settings:
-            return 0
-        writer.shards = [Shard.model_validate_json(json.dumps(shard)) for shard in content["shards"]]
-        return int(content["documents"])
-    except (OSError, ValueError, KeyError):
-        return 0
+    path, first = writer.folder / PROGRESS, json.dumps({"settings": settings}).encode() + b"\n"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept, documents = [first], 0
+    if lines[:1] == [first]:
+        for line in lines[1:]:
+            try:
+                noted = Noted.model_validate_json(line)
+            except ValueError:  # torn by the kill
+                break
+            writer.shards.append(noted.shard)
+            kept.append(noted.model_dump_json().encode() + b"\n")
+            documents = noted.documents
+    write_file(path, b"".join(kept))  # before a shard is written: nothing may speak of those of another run
+    return documents
