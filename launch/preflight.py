@@ -12,9 +12,9 @@ from types import ModuleType
 
 from pydantic import ValidationError
 
-from launch.command import PRECISIONS, RunOptions, backend_names
+from launch.command import RunOptions, backend_names
 from trainer.checkpoint.resume import decide_start
-from trainer.config import RunConfig
+from trainer.config import PRECISIONS, RunConfig
 from trainer.errors import ConfigError, SamestepError
 from trainer.quiet import quiet_libraries
 from trainer.resolve import try_resolve

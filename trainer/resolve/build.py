@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, check_world
 from trainer.errors import ConfigError
-from trainer.resolve.checks import check_world, without_effect
+from trainer.resolve.checks import without_effect
 from trainer.resolve.fields import Fields, fields_of
 from trainer.resolve.layers import (
     Setting,
