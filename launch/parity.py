@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,19 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.command import RunOptions, launch_command, launch_environment
-from trainer.errors import BackendError, ConfigError
+from launch.parity_plan import Variant
+from trainer.errors import BackendError
 
 LOSS_TOLERANCE = 1e-5  # relative, of the loss and the gradient norm of every step
 GRADIENT_TOLERANCE = 1e-5  # L2 of the difference over L2 of the gradient, step 1
 UPDATE_TOLERANCE = 1e-3  # the same for the whole update; see NOTE
 BF16_FACTOR = 1.5  # a backend may be this much farther from fp32 than single is
+    0.05  # relative to fp32, of loss and gradient norm, single's too: chance decides how near two rounded numbers come
+)
 NOTE = (
     "Dropout is off and a quarter of the labels is hidden, so that ranks hold unequal numbers of targets. The update's tolerance is wider: "
     "where the true gradient is zero, as in attention key biases, Adam turns rounding noise into full-size updates."
 )
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to share the same global batch."""
-
-    backend: str
-    processes: int = 1
-    micro_batch: int | None = None
-    accumulation: int | None = None
-    precision: str = "no"
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and folders."""
-        split = f" {self.micro_batch}x{self.accumulation}" if self.micro_batch else ""
-        return f"{self.backend} x{self.processes}{split}" + ("" if self.precision == "no" else f" {self.precision}")
 
 
 @dataclass(frozen=True)
@@ -72,83 +58,22 @@ class Differences:
     broken: tuple[str, ...]
 
 
-def parity_command(
-    recipe: Path,
-    *,
-    backends: Sequence[str],
-    processes: Sequence[int],
-    splits: Sequence[tuple[int, int]],
-    steps: int,
-    precision: str,
-    configs: Sequence[Path],
-    overrides: Sequence[str],
-) -> int:
+def parity_command(options: RunOptions, variants: Sequence[Variant], *, steps: int) -> int:
     """Run and compare all variants, print the table, return 0 where all agree and 1 where one does not."""
     console = Console()
-    variants = plan_variants(backends, processes, splits, precision)
-    overrides = [*overrides, f"probe.steps={steps}", *global_batch_override(variants, overrides)]
     with tempfile.TemporaryDirectory(prefix="samestep-parity-") as folder:
         records = []
         for variant in variants:
             with console.status(f"{variant.label}: {steps} steps"):
-                records.append(run_variant(recipe, variant, Path(folder), configs, overrides))
-        rows = judge(variants, records)
-    console.print(build_table(rows, records[0], precision))
-    console.print(NOTE, style="dim")
-    failed = [record.label for record, _, verdict in rows if verdict != "same"]
-    console.print(f"parity: {'FAILED for ' + ', '.join(failed) if failed else 'every variant takes the same steps'}")
-    return 1 if failed else 0
+                records.append(run_variant(options, variant, Path(folder), steps))
+    return report(variants, records, console)
 
 
-def plan_variants(
-    backends: Sequence[str], processes: Sequence[int], splits: Sequence[tuple[int, int]], precision: str
-) -> list[Variant]:
-    """The reference first, then every combination; `single` runs with one process only."""
-    variants = [Variant("single")]
-    for backend in backends:
-        for count in (1,) if backend == "single" else [n for n in processes if n > 1] or (2,):
-            for micro, accumulation in splits or ((None, None),):
-                variants.append(Variant(backend, count, micro, accumulation, precision))
-    if precision != "no":
-        variants.insert(1, Variant("single", precision=precision))  # the yardstick
-    return list(dict.fromkeys(variants))
-
-
-def global_batch_override(variants: Sequence[Variant], overrides: Sequence[str]) -> list[str]:
-    """The global batch that the splits imply, as an override; ConfigError where they imply different ones."""
-    sizes = {v.micro_batch * v.accumulation * v.processes: v for v in variants if v.micro_batch and v.accumulation}
-    if not sizes:
-        return []
-    if len(sizes) > 1:
-        implied = ", ".join(f"{size} ({variant.label})" for size, variant in sorted(sizes.items()))
-        raise ConfigError(
-            f"--split: micro-batch x accumulation x processes must give one global batch, but gives {implied}"
-        )
-    size = next(iter(sizes))
-    given = [text for text in overrides if text.startswith("train.global_batch_size=")]
-    if given and given[-1] != f"train.global_batch_size={size}":
-        raise ConfigError(
-            f"--split implies train.global_batch_size={size}, but {given[-1]} was given; leave one of them out"
-        )
-    return [f"train.global_batch_size={size}"]
-
-
-def run_variant(
-    recipe: Path, variant: Variant, folder: Path, configs: Sequence[Path], overrides: Sequence[str]
-) -> Record:
+def run_variant(common: RunOptions, variant: Variant, folder: Path, steps: int) -> Record:
     """Launch the recipe as this variant and read its record. Raises BackendError with the end of its output where it fails."""
     target = folder / variant.label.replace(" ", "_")
-    own = [f"probe.folder={target}"] + (
-        [f"train.micro_batch_size={variant.micro_batch}"] if variant.micro_batch else []
-    )
-    options = RunOptions(
-        recipe=recipe,
-        backend=variant.backend,
-        processes=variant.processes,
-        precision=variant.precision,
-        configs=tuple(configs),
-        overrides=(*overrides, *own),
-    )
+    options = variant.run_options(common)
+    options = replace(options, overrides=(*options.overrides, f"probe.steps={steps}", f"probe.folder={target}"))
     started = time.perf_counter()
     environment = os.environ | launch_environment(options)
     result = subprocess.run(launch_command(options), env=environment, capture_output=True, text=True)
@@ -175,6 +100,16 @@ def read_record(label: str, folder: Path) -> Record:
     from safetensors.numpy import load_file
 
     return Record(label, json.loads((folder / "record.json").read_text()), load_file(folder / "tensors.safetensors"))
+
+
+def report(variants: Sequence[Variant], records: Sequence[Record], console: Console) -> int:
+    """Print the table and the verdict; 0 where all agree, else 1."""
+    rows = judge(variants, records)
+    console.print(build_table(rows, records[0], variants[-1].precision))
+    console.print(NOTE, style="dim")
+    failed = [record.label for record, _, verdict in rows if verdict != "same"]
+    console.print(f"parity: {'FAILED for ' + ', '.join(failed) if failed else 'every variant takes the same steps'}")
+    return 1 if failed else 0
 
 
 def judge(variants: Sequence[Variant], records: Sequence[Record]) -> list[tuple[Record, Differences, str]]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch.parity import Record, Variant, compare, judge, read_record, verdict
+from launch.parity import Record, compare, judge, read_record, verdict
+from launch.parity_plan import Variant
 from tests.rank_pool import BACKENDS, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.backend import build_accelerator
