@@ -136,12 +136,13 @@ def broken_promises(reference: dict[str, Any], other: dict[str, Any]) -> list[st
     problems = []
     if reference["weights_before"] != other["weights_before"]:
         problems.append("starting weights differ")
-    for key, words in (("sample_ids", "samples differ"), ("lr", "learning rates differ")):
+    for key, words in (("samples", "samples differ"), ("lr", "learning rates differ")):
         if [step[key] for step in reference["steps"]] != [step[key] for step in other["steps"]]:
             problems.append(words)
     targets = [step["targets_per_rank"] for step in other["steps"]]
-    if other["world_size"] > 1 and all(len(set(counts)) == 1 for counts in targets):
-        problems.append("every rank had the same number of targets: not a test of unequal shares")
+    equal = [number for number, counts in enumerate(targets, start=1) if len(set(counts)) == 1]
+    if other["world_size"] > 1 and equal:
+        problems.append(f"every rank had the same number of targets in step {equal[0]}: not a test of unequal shares")
     if [sum(counts) for counts in targets] != [sum(step["targets_per_rank"]) for step in reference["steps"]]:
         problems.append("numbers of targets differ")
     return problems
