@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ def resolve(model_type: type[RunConfig], defaults: RunConfig, argv: Sequence[str
 
     Raises ConfigError with all problems, including a global batch smaller than WORLD_SIZE of the environment.
     """
+    attempt = read_arguments(model_type, defaults, argv)
+    if attempt.problems or attempt.resolved is None:
+        raise ConfigError(*attempt.problems)
+    return attempt.resolved
+
+
+def read_arguments(model_type: type[RunConfig], defaults: RunConfig, argv: Sequence[str]) -> Attempt:
+    """Like `resolve`, for a caller that adds problems of its own before it reports: nothing is raised."""
     arguments = split_arguments(argv)
     attempt = try_resolve(model_type, defaults, arguments.config_files, arguments.overrides, world_size_here())
-    problems = [*arguments.problems, *attempt.problems]
-    if problems or attempt.resolved is None:
-        raise ConfigError(*problems)
-    return attempt.resolved
+    return replace(attempt, problems=(*arguments.problems, *attempt.problems))
 
 
 def try_resolve(
