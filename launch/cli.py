@@ -5,7 +5,6 @@ No torch at module level: `samestep --help` is quick and works on a login node.
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from launch.checkpoint import checkpoint_app
 from launch.command import RunOptions, backend_names, display_line, launch_command, launch_environment
 from launch.inspect import inspect
 from launch.job import job_app
+from launch.parity_plan import plan_parity, words_of
 from launch.predict_tasks import predict
 from launch.queue import logs, status
 from launch.submit import cancel, submit
@@ -100,7 +100,9 @@ def parity(
         str, typer.Option(help="Which backends, separated by commas.")
     ] = "single,ddp,fsdp,zero1,zero2,zero3",
     processes: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2",
-    split: Annotated[str, typer.Option(help="MICRO-BATCHxACCUMULATION, separated by commas, such as 4x4,16x1.")] = "",
+    split: Annotated[
+        str, typer.Option(help="MICRO-BATCHxACCUMULATION of a rank, separated by commas, such as 4x4,16x1.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Optimizer steps to compare.", min=1)] = 5,
     precision: Precision = "no",
     config: ConfigFiles = None,
@@ -109,24 +111,13 @@ def parity(
 
     Example: samestep parity recipes/lora_sst2.py --backends single,ddp,zero3 --processes 1,2
     """
-    names, counts = _words(backends), _counts(processes)
-    splits = [_split(word) for word in _words(split)]
+    variants = plan_parity(backends, processes, split, precision)
     options = RunOptions(recipe, precision=precision, configs=tuple(config or ()), overrides=tuple(overrides or ()))
     from launch.parity import parity_command
     from launch.preflight import check_parity
 
-    check_parity(options, names, counts, has_splits=bool(splits))
-    code = parity_command(
-        recipe,
-        backends=names,
-        processes=counts,
-        splits=splits,
-        steps=steps,
-        precision=precision,
-        configs=options.configs,
-        overrides=options.overrides,
-    )
-    raise typer.Exit(code)
+    check_parity(options, variants)
+    raise typer.Exit(parity_command(options, variants, steps=steps))
 
 
 @app.command()
@@ -152,7 +143,7 @@ def methods(
         raise ConfigError("--measure: trains on sentences with labels; leave out --task clm")
     from launch.methods import methods_command
 
-    layers = tuple(_words(targets)) if targets is not None else None
+    layers = tuple(words_of(targets)) if targets is not None else None
     chosen = steps if measure else None
     raise typer.Exit(methods_command(model, task=task, rank=rank, targets=layers, chart=chart, measure_steps=chosen))
 
@@ -174,26 +165,6 @@ def schema(
     except OSError as error:
         raise ConfigError(f"--out ({out}): cannot be written: {error.strerror}; give another path") from None
     print(f"wrote {out}")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _counts(text: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(
-            f"--processes ({text}): must be whole numbers above 0, separated by commas; such as --processes 1,2"
-        )
-    return [int(word) for word in words]
-
-
-def _split(word: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", word)
-    if not found:
-        raise ConfigError(f"--split ({word}): must be MICRO-BATCHxACCUMULATION; such as --split 4x4,16x1")
-    return int(found.group(1)), int(found.group(2))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "accelerate_configs"
-PRECISIONS = ("no", "bf16", "fp16")
 
 
 @dataclass(frozen=True)

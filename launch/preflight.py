@@ -12,9 +12,10 @@ from types import ModuleType
 
 from pydantic import ValidationError
 
-from launch.command import PRECISIONS, RunOptions, backend_names
+from launch.command import RunOptions, backend_names
+from launch.parity_plan import Variant
 from trainer.checkpoint.resume import decide_start
-from trainer.config import RunConfig
+from trainer.config import PRECISIONS, RunConfig
 from trainer.errors import ConfigError, SamestepError
 from trainer.quiet import quiet_libraries
 from trainer.resolve import try_resolve
@@ -59,18 +60,33 @@ def checked(options: RunOptions, machine: Machine) -> RunConfig:
     return found.config
 
 
-def check_parity(options: RunOptions, backends: Sequence[str], processes: Sequence[int], *, has_splits: bool) -> None:
-    """The same for all variants of `samestep parity`. With splits the global batch follows from them and fits."""
+def check_parity(options: RunOptions, variants: Sequence[Variant]) -> None:
+    """The same for all variants of `samestep parity`."""
     quiet_libraries()
     machine = this_machine()
-    most = max(processes)
-    problems: list[str] = []
-    for backend in backends:
-        count = 1 if backend == "single" else max(2, most)
-        problems += backend_problems(replace(options, backend=backend, processes=count), machine)
-    problems += recipe_problems(options, 1 if has_splits else most)
+    problems = [problem for variant in variants for problem in backend_problems(variant.run_options(options), machine)]
+    size = variants[0].global_batch
+    problems += recipe_problems(options, max(variant.processes for variant in variants) if size is None else 1)
+    if size is not None:
+        problems += split_problems(options, size)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
+
+
+def split_problems(options: RunOptions, global_batch: int) -> list[str]:
+    """Sizes that a file or the command line sets and --split would overrule. Nothing where the recipe itself cannot be read."""
+    try:
+        resolved = try_recipe(options, 1).resolved
+    except ConfigError:
+        return []
+    problems = []
+    for name, implied in (("global_batch_size", global_batch), ("micro_batch_size", None)):
+        size = getattr(resolved.config.train, name) if resolved else implied
+        source = resolved.sources[f"train.{name}"] if resolved else ""
+        if size != implied and source not in ("default", "recipe"):
+            result = f" and makes it {implied}" if implied else ""
+            problems.append(f"train.{name} ({size}) by {source}: --split decides it{result}; leave one of the two out")
+    return problems
 
 
 def recipe_problems(options: RunOptions, world_size: int) -> list[str]:

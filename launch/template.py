@@ -70,7 +70,8 @@ def preview(
     facts = f"{found.source_format} in template {found.format.name}: {facts}; {found.num_cut:,} cut, {found.num_left_out:,} left out"
     findings = list(findings_of(found, data, tokenizer))
     if page is not None:
-        write_page(page, source, facts, [finding.words for finding in findings], samples[:count], tokenizer)
+        words = [finding.words for finding in findings]
+        write_page(page, source, facts=facts, findings=words, samples=samples[:count], tokenizer=tokenizer)
     else:
         show(facts, samples[:count], tokenizer)
     refused = [finding.words for finding in findings if finding.name not in data.allow]
@@ -122,6 +123,7 @@ def pieces(sample: "Sample", tokenizer: "PreTrainedTokenizerBase") -> Iterator[t
 def write_page(
     path: Path,
     source: str,
+    *,
     facts: str,
     findings: list[str],
     samples: "list[Sample]",

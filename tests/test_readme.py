@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.command import RunOptions
+from launch.parity_plan import plan_parity
+from launch.preflight import check_parity
 from tests.support_matrix import MARK, matrix
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +30,7 @@ COMMANDS = commands_of("README.md")
 SLURM_COMMANDS = [
     c for c in (*COMMANDS, *commands_of("slurm/README.md")) if c.startswith(("samestep submit", "sbatch"))
 ]
-COMMANDS_ALONE = ("parity", "predict", "inspect", "methods", "status", "logs", "cancel")
+COMMANDS_ALONE = ("predict", "inspect", "methods", "status", "logs", "cancel")
 GROUPS = ("checkpoint", "data", "adapter", "template")
 
 
@@ -70,6 +74,16 @@ def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatc
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "accelerate launch --config_file accelerate_configs/" in result.output
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("samestep parity")])
+def test_parity_lines_plan_variants_that_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parser = typer.main.get_command(app).commands["parity"]  # type: ignore[attr-defined]
+    given = parser.make_context("parity", shlex.split(command)[2:]).params
+    variants = plan_parity(*(given[name] for name in ("backends", "processes", "split", "precision")))
+    check_parity(RunOptions(given["recipe"], overrides=tuple(given["overrides"] or ())), variants)
+    assert len(variants) > 1
 
 
 @pytest.mark.parametrize(

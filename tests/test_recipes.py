@@ -1,14 +1,12 @@
 """The recipes as people run them: the bare launch line on a fresh machine, their shape, and their configs."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,6 @@ import yaml
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.config import RunConfig
 from trainer.data.assets import put_asset
-from trainer.resolve import run_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -214,15 +211,6 @@ def test_a_recipe_is_short_and_flat(path: Path) -> None:
 # Configs
 
 
-def load_recipe(path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def launch_line(path: Path) -> list[str]:
     """The words of the `accelerate launch` line in a YAML's header."""
     text = path.read_text(encoding="utf-8")
@@ -231,17 +219,27 @@ def launch_line(path: Path) -> list[str]:
     return shlex.split(lines[0])
 
 
+@pytest.fixture(scope="module")
+def printed_configs(fresh_machine: tuple[Path, dict[str, str]]) -> dict[Path, str]:
+    """What the launch line of each config's header prints with --print-config; all of them run at once."""
+    work, env = fresh_machine
+    running = {
+        path: subprocess.Popen(
+            [*launch_line(path), "--print-config"], cwd=work, env=env, stdout=subprocess.PIPE, text=True
+        )
+        for path in CONFIGS
+    }
+    printed = {path: process.communicate(timeout=240)[0] for path, process in running.items()}
+    assert {process.returncode for process in running.values()} == {0}
+    return printed
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_a_config_resolves_by_the_launch_line_of_its_header(
-    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program, verb, recipe, *arguments = launch_line(path)
+def test_a_config_resolves_by_the_launch_line_of_its_header(path: Path, printed_configs: dict[Path, str]) -> None:
+    program, verb, _, *arguments = launch_line(path)
     assert (program, verb) == ("accelerate", "launch")
     assert arguments == ["--config", path.relative_to(ROOT).as_posix()]
-    monkeypatch.chdir(ROOT)
-    module = load_recipe(ROOT / recipe)
-    run_recipe(module.main, module.DEFAULTS, [*arguments, "--print-config"])
-    printed = capsys.readouterr().out
+    printed = printed_configs[path]
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     resolved = RunConfig(**yaml.safe_load(printed))
     assert resolved.name == written["name"] == path.stem

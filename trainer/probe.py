@@ -2,14 +2,14 @@
 
 `samestep parity` starts the recipe once per variant with `probe.folder` set; `Trainer.fit` then comes here instead of training.
 Dropout is off (the model stays in eval mode; blocks that training would recompute are recomputed all the same), and part of the
-labels is hidden so that ranks hold unequal numbers of targets.
+labels is hidden so that in every step ranks hold unequal numbers of targets.
 Rank 0 writes record.json (per-step numbers) and tensors.safetensors (gradient of step 1, whole update), both fp32.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,42 +20,58 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.data.batches import GOLDEN_GAMMA, IGNORED, mix_words
-from trainer.task import Task
+from trainer.data.batches import GOLDEN_GAMMA, IGNORED, micro_batches, mix_words
+from trainer.data.prefetch import Prefetch
+from trainer.task.protocol import Batch
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
-HIDDEN_EVERY = 4  # one sample of this many loses its labels
+
+class WatchedData(Prefetch[list[Batch]]):
+    """The trainer's data as parity reads it: at once instead of ahead, with labels hidden, and noted."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        super().__init__(trainer.read_step)
+        self.trainer = trainer
+        self.digest = 0
+        """Of the samples of this rank since it was last set to 0: a sum, so that neither order nor split matters."""
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        trainer, batches = self.trainer, self.make(step)
+        size = len(trainer.global_batch(step))
+        shares = micro_batches(np.arange(size), trainer.rank, trainer.world_size, trainer.config.train.micro_batch_size)
+        for batch, positions in zip(batches, shares, strict=True):
+            if len(positions):  # else it is a dummy sample
+                self.digest = (self.digest + digest_of_samples(batch)) % 2**64
+                batch["labels"][torch.from_numpy(positions < count_hidden(size))] = IGNORED
+        return batches
 
 
-@dataclass(frozen=True)
-class PartlyUnlabelled:
-    """A task whose ranks hold unequal numbers of targets: those of `is_hidden` have none."""
+def count_hidden(batch_size: int) -> int:
+    """How many samples at the beginning of a global batch lose their labels: about a quarter.
 
-    inner: Task
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def training_batch(self, ids: np.ndarray) -> dict[str, Tensor]:
-        """The inner batch with labels hidden."""
-        batch = self.inner.training_batch(ids)
-        if len(ids):
-            batch["labels"][torch.from_numpy(is_hidden(ids))] = IGNORED
-        return batch
+    At least 2 where it can be, since rank 0 may hold one sample more than the last rank: with equally many targets in each sample it then
+    has fewer, whatever the number of ranks. Where tokens are the targets, the beginning of a batch has the shorter samples too.
+    """
+    return min(max(2, math.ceil(batch_size / 4)), batch_size - 1)
 
 
-def is_hidden(ids: np.ndarray) -> np.ndarray:
-    """Which samples lose their labels, bool, by a hash of their ids: of ids that follow each other no two shares need be alike."""
-    return mix_words(ids.astype(np.uint64) + GOLDEN_GAMMA) % np.uint64(HIDDEN_EVERY) == 0
+def digest_of_samples(batch: Batch) -> int:
+    """64 bits from the tokens of every sample, their order inside it, and nothing else: padding does not count."""
+    ids = batch["input_ids"].numpy()
+    mask = batch["attention_mask"].numpy() if "attention_mask" in batch else np.ones_like(ids)
+    places = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) * GOLDEN_GAMMA
+    words = np.where(mask != 0, mix_words(ids.astype(np.uint64) + places), np.uint64(0))
+    return int(mix_words(words.sum(axis=1, dtype=np.uint64)).sum(dtype=np.uint64))
 
 
 def record_probe(trainer: "Trainer") -> None:
     """Run `probe.steps` steps and write what they did. Collective."""
     probe, engine = trainer.config.probe, trainer.engine
     assert probe is not None
-    trainer.task = PartlyUnlabelled(trainer.task)
+    data = trainer.prefetch = WatchedData(trainer)
     engine.model.eval()
     recompute_in_evaluation(engine.model)
     before = snapshot(engine.weights(trainable_only=True))
@@ -66,7 +82,7 @@ def record_probe(trainer: "Trainer") -> None:
         if step == 0:
             gradients = snapshot(engine.gradients())
         trainer.apply_gradients()
-        steps.append(describe_step(trainer, step))
+        steps.append(describe_step(trainer, data))
     after = snapshot(engine.weights(trainable_only=True))
     if engine.rank == 0:
         write_record(probe.folder, describe(trainer, steps, before), gradients, before, after)
@@ -97,19 +113,22 @@ def _evaluate_block(block: nn.Module, checkpoint: Callable[..., Any], forward: C
     return checkpoint(evaluate, *inputs)
 
 
-def describe_step(trainer: "Trainer", step: int) -> dict[str, Any]:
+def describe_step(trainer: "Trainer", data: WatchedData) -> dict[str, Any]:
     """The numbers of the step just taken, the same on every rank. Collective."""
     window, engine = trainer.progress.window, trainer.engine
-    loss_sum, num_targets = engine.sum_over_ranks([float(window.loss_sum), float(window.num_targets)])
+    halves = divmod(data.digest, 2**32)  # so that float64 adds them exactly
+    loss_sum, num_targets, high, low = engine.sum_over_ranks(
+        [float(number) for number in (window.loss_sum, window.num_targets, *halves)]
+    )
     targets_per_rank = [0.0] * trainer.world_size
     targets_per_rank[trainer.rank] = float(window.num_targets)
-    trainer.progress.window = type(window)()
+    trainer.progress.window, data.digest = type(window)(), 0
     return {
         "loss": loss_sum / num_targets,
         "grad_norm": trainer.progress.grad_norm,
         "lr": trainer.progress.lr,
         "targets_per_rank": engine.sum_over_ranks(targets_per_rank),
-        "sample_ids": hashlib.sha256(trainer.global_batch(step).astype("<i8").tobytes()).hexdigest(),
+        "samples": f"{(int(high) * 2**32 + int(low)) % 2**64:016x}",
     }
 
 

@@ -85,4 +85,4 @@ def test_fsdp_without_ranks_is_refused_and_not_run_as_something_else() -> None:
 
 def test_a_global_batch_smaller_than_the_ranks_is_refused_on_all_of_them() -> None:
     for message in run_ranks(refused, "ddp", 3, args=(ConfigError, 2)):
-        assert "train.global_batch_size (2) must be at least the number of processes (3)" in message
+        assert "train.global_batch_size (2) is smaller than the number of processes (3)" in message

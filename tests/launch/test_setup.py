@@ -129,3 +129,66 @@ def test_every_package_folder_is_listed_in_pyproject() -> None:
     assert len(found) >= 6
     listed = project["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in found)
+
+
+# launch/test.sh. What it calls is a stand-in that notes its arguments; the rest is the script itself.
+
+
+def _stand_in(tools: Path, name: str, line: str) -> None:
+    (tools / name).unlink(missing_ok=True)
+    (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+    (tools / name).chmod(0o755)
+
+
+def _test_sh(clone: Path, tools: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    argv = ["bash", str(clone / "launch" / "test.sh"), *arguments]
+    return subprocess.run(argv, env=os.environ | {"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def asked(clone: Path, few_tools: Path, tmp_path: Path) -> Path:
+    """Where apt-get notes what it is asked, as root, on a machine without a compiler and Python's headers; setup.sh ends with 7."""
+    (clone / "launch" / "setup.sh").write_text("exit 7\n")
+    _stand_in(few_tools, "id", "echo 0")
+    _stand_in(few_tools, "apt-get", f'echo "$@" >>{tmp_path / "asked"}')
+    return tmp_path / "asked"
+
+
+def test_as_root_the_tests_install_what_is_missing_and_go_on(clone: Path, few_tools: Path, asked: Path) -> None:
+    done = _test_sh(clone, few_tools)
+    assert (done.returncode, done.stdout) == (7, "samestep test: installing python3-dev g++\n"), done.stderr
+    assert asked.read_text() == "-qq update\n-qq install -y python3-dev g++\n"
+
+
+def test_others_are_told_what_to_install(clone: Path, few_tools: Path, asked: Path) -> None:
+    _stand_in(few_tools, "id", "echo 1000")
+    done = _test_sh(clone, few_tools)
+    assert (done.returncode, asked.exists()) == (2, False)
+    assert done.stderr == (
+        "samestep test: missing: python3-dev g++. On Debian or Ubuntu: sudo apt-get install python3-dev g++\n"
+    )
+
+
+def test_an_installation_that_fails_is_one_message(clone: Path, few_tools: Path, asked: Path) -> None:
+    _stand_in(few_tools, "apt-get", "exit 100")
+    done = _test_sh(clone, few_tools)
+    assert done.returncode == 2
+    assert done.stderr.startswith("samestep test: apt-get could not install python3-dev g++ (see above); check the net")
+
+
+def test_all_runs_each_cell_of_the_support_matrix_once_and_records_it_anew(clone: Path, few_tools: Path) -> None:
+    """Without what an earlier recording said, so that a cell that fails now does not stay tested."""
+    (clone / "launch" / "setup.sh").write_text("exit 0\n")
+    recorded = clone / "tests" / "distributed" / "support.json"
+    recorded.parent.mkdir(parents=True)
+    for tool in ("ruff", "mypy", "c++", "python3-config"):
+        _stand_in(few_tools, tool, "exit 0")
+    _stand_in(few_tools, "python", f'[ -e {recorded} ] && echo "old record"; echo "$SAMESTEP_RECORD" "$@"')
+    methods = "tests/distributed/test_methods.py"
+    recorded.touch()
+    assert _test_sh(clone, few_tools, "--all", methods).stdout.splitlines() == [
+        "old record", f" -m pytest -m all {methods}",
+    ]  # fmt: skip
+    assert _test_sh(clone, few_tools, "--all").stdout.splitlines() == [
+        "old record", f" -m pytest -m all --ignore={methods}", f"1 -m pytest -m  {methods}", " tests/support_matrix.py",
+    ]  # fmt: skip

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.resolve.cases import DEFAULTS, FULL, problems_of, resolved, write
-from trainer.config import RunConfig
+from trainer.config import RunConfig, check_world
 from trainer.errors import ConfigError
-from trainer.resolve import check_world, load_config, resolve
+from trainer.resolve import load_config, resolve
 from trainer.resolve.fields import fields_of
 from trainer.resolve.inputs import input_problems
 from trainer.resolve.suggest import SYNONYMS

@@ -13,7 +13,7 @@ from trainer.backend.request import Request, read_request
 from trainer.backend.settings import setting_problems
 from trainer.backend.zero_engine import ZeroEngine
 from trainer.checkpoint.resume import Start, decide_start
-from trainer.config import RunConfig
+from trainer.config import RunConfig, check_world
 from trainer.errors import AlreadyFinished, BackendError, ConfigError, SamestepError
 from trainer.quiet import quiet_libraries, quiet_prints
 
@@ -35,11 +35,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """
     quiet_libraries()
     request = read_request(os.environ)
-    if config.train.global_batch_size < request.world_size:
-        raise ConfigError(
-            f"train.global_batch_size ({config.train.global_batch_size}) must be at least the number of processes "
-            f"({request.world_size}); raise it, or start fewer processes"
-        )
+    problems = check_world(config, request.world_size)
+    if problems:
+        raise ConfigError(*problems)
     use_cpu = request.on_cpu or not torch.accelerator.is_available()
     check_optimizer(config.optim.name, request, use_cpu=use_cpu)
     problems = setting_problems(os.environ, config, request.world_size)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trainer.config import PRECISIONS
 from trainer.errors import BackendError
 
-PRECISIONS = ("no", "bf16", "fp16")
 REPLACES_PARAMETERS = ("fsdp",)
 """Backends that put shards in place of parameters: what a parameter's class keeps beside its numbers is lost."""
 

@@ -27,18 +27,21 @@ from trainer.config.method import (
 from trainer.config.pairs import PairData
 from trainer.config.questions import QuestionData
 from trainer.config.run import (
+    PRECISIONS,
     MetricName,
     ModelConfig,
     OptimConfig,
     ProbeConfig,
     RunConfig,
     TrainConfig,
+    check_world,
     may_change,
 )
 from trainer.config.section import MayChange, Resume, Section
 from trainer.config.tags import TagData
 
 __all__ = [
+    "PRECISIONS",
     "AdapterConfig",
     "Augmentation",
     "BitfitConfig",
@@ -73,5 +76,6 @@ __all__ = [
     "TrainConfig",
     "VeraConfig",
     "check_weights",
+    "check_world",
     "may_change",
 ]

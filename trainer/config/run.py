@@ -26,6 +26,9 @@ TaskName = Literal[
     "classification", "token_classification", "question_answering", "clm", "mlm", "mlm_pairs", "plm", "seq2seq"
 ]
 
+PRECISIONS = ("no", "bf16", "fp16")
+"""What a run may be started in, no being fp32: a choice of the launcher's, not a setting."""
+
 
 class ModelConfig(Section):
     """Which model, and how its weights start."""
@@ -275,6 +278,17 @@ class RunConfig(Section):
     def folder(self) -> Path:
         """The run directory: `run_dir`, or runs/NAME."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+
+def check_world(config: RunConfig, world_size: int) -> list[str]:
+    """Problems of this config with this number of processes."""
+    size = config.train.global_batch_size
+    if size >= world_size:
+        return []
+    return [
+        f"train.global_batch_size ({size}) is smaller than the number of processes ({world_size}); every process needs "
+        f"a sample: set train.global_batch_size={world_size} or start at most {size}"
+    ]
 
 
 def may_change(section: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -5,7 +5,6 @@ fields (the table of settings) <- values, layers, suggest (what was written) <- 
 """
 
 from trainer.resolve.build import Attempt, Resolved, load_config, resolve, try_resolve
-from trainer.resolve.checks import check_world
 from trainer.resolve.entry import error_text, run_recipe
 from trainer.resolve.schema import json_schema
 from trainer.resolve.show import config_to_yaml
@@ -13,7 +12,6 @@ from trainer.resolve.show import config_to_yaml
 __all__ = [
     "Attempt",
     "Resolved",
-    "check_world",
     "config_to_yaml",
     "error_text",
     "json_schema",

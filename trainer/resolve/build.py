@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config import RunConfig
+from trainer.config import RunConfig, check_world
 from trainer.errors import ConfigError
-from trainer.resolve.checks import check_world, without_effect
+from trainer.resolve.checks import without_effect
 from trainer.resolve.fields import Fields, fields_of
 from trainer.resolve.layers import (
     Setting,
@@ -45,12 +45,17 @@ def resolve(model_type: type[RunConfig], defaults: RunConfig, argv: Sequence[str
 
     Raises ConfigError with all problems, including a global batch smaller than WORLD_SIZE of the environment.
     """
+    attempt = read_arguments(model_type, defaults, argv)
+    if attempt.problems or attempt.resolved is None:
+        raise ConfigError(*attempt.problems)
+    return attempt.resolved
+
+
+def read_arguments(model_type: type[RunConfig], defaults: RunConfig, argv: Sequence[str]) -> Attempt:
+    """Like `resolve`, for a caller that adds problems of its own before it reports: nothing is raised."""
     arguments = split_arguments(argv)
     attempt = try_resolve(model_type, defaults, arguments.config_files, arguments.overrides, world_size_here())
-    problems = [*arguments.problems, *attempt.problems]
-    if problems or attempt.resolved is None:
-        raise ConfigError(*problems)
-    return attempt.resolved
+    return replace(attempt, problems=(*arguments.problems, *attempt.problems))
 
 
 def try_resolve(

@@ -1,4 +1,4 @@
-"""Rules that pydantic cannot see: settings without effect, and the world that a run starts in."""
+"""A rule that pydantic cannot see: settings without effect."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,17 +10,6 @@ from trainer.config.data import ObjectiveName
 from trainer.resolve.merge import Merged
 
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-
-
-def check_world(config: RunConfig, world_size: int) -> list[str]:
-    """Problems of this config with this number of processes."""
-    size = config.train.global_batch_size
-    if size >= world_size:
-        return []
-    return [
-        f"train.global_batch_size ({size}) is smaller than the number of processes ({world_size}); every process needs "
-        f"a sample: set train.global_batch_size={world_size} or start at most {size}"
-    ]
 
 
 def without_effect(config: RunConfig, merged: Merged, usual_values: Mapping[str, tuple[Any, ...]]) -> list[str]:

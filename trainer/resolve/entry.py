@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from trainer.config import RunConfig
-from trainer.errors import AlreadyFinished, ConfigError, SamestepError
-from trainer.resolve.build import resolve
+from trainer.errors import AlreadyFinished, ConfigError, DataError, SamestepError
+from trainer.resolve.build import Attempt, read_arguments, resolve
 from trainer.resolve.inputs import input_problems
 from trainer.resolve.layers import split_arguments
 from trainer.resolve.show import config_with_sources, help_text
@@ -41,7 +41,7 @@ def run_recipe(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Seq
 
 def error_text(error: SamestepError) -> str:
     """An error as users see it: one line, or a line for each problem."""
-    problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+    problems = _problems(error)
     if len(problems) == 1:
         return f"error: {problems[0]}"
     return "\n".join([f"error: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
@@ -52,20 +52,35 @@ def _run(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Sequence[
     if "--help" in flags:
         _say(help_text(main, defaults))
         return
-    resolved = resolve(type(defaults), defaults, argv)
     if "--print-config" in flags:
-        _say(config_with_sources(resolved))
-    elif "--check" in flags:
-        _check(resolved.config)
-    else:
-        main(resolved.config)
+        _say(config_with_sources(resolve(type(defaults), defaults, argv)))
+        return
+    config = _checked_settings(read_arguments(type(defaults), defaults, argv))
+    if "--check" in flags:
+        problems = input_problems(config)
+        if problems:
+            raise ConfigError(*problems)
+        _say(f"{config.name}: settings, data and model names are fine")
+        return
+    try:
+        main(config)
+    except (ConfigError, DataError) as error:
+        # Builders stop at the first mistake; the others are looked for now, so that a sound run does not read its data twice.
+        raise ConfigError(*dict.fromkeys([*_problems(error), *input_problems(config)])) from error
 
 
-def _check(config: RunConfig) -> None:
-    problems = input_problems(config)
-    if problems:
-        raise ConfigError(*problems)
-    _say(f"{config.name}: settings, data and model names are fine")
+def _checked_settings(attempt: Attempt) -> RunConfig:
+    """The config, if the settings are sound; otherwise their problems with those of what they name."""
+    problems = [*attempt.problems]
+    if attempt.resolved is not None and not problems:
+        return attempt.resolved.config
+    if attempt.resolved is not None:
+        problems += input_problems(attempt.resolved.config, problems)
+    raise ConfigError(*problems)
+
+
+def _problems(error: SamestepError) -> tuple[str, ...]:
+    return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
 def _say(text: str) -> None:
