@@ -145,7 +145,7 @@ def documents_of(stream: Stream, sample: int) -> Iterator[tuple[int, int, np.nda
 def document_number(source: Source, shard: int, token: int) -> int:
     """Which document of a shard a token belongs to, from 0."""
     if source.remote is not None:  # a plan that is kept from an earlier start needed no document ends
-        source.remote.ends(source.manifest.shards[shard])
+        source.remote.ends(source.catalog.shard(shard))
     return int(np.searchsorted(source.reader(shard).ends, token, side="right"))
 
 
