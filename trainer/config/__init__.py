@@ -35,9 +35,8 @@ from trainer.config.run import (
     RunConfig,
     TrainConfig,
     check_world,
-    may_change,
 )
-from trainer.config.section import MayChange, Resume, Section
+from trainer.config.section import MayChange, Resume, Section, may_change
 from trainer.config.tags import TagData
 
 __all__ = [

@@ -5,11 +5,10 @@ recipe defaults < --config YAML < section.key=value. A config never changes afte
 Precision, sharding and process count are not here: they belong to the accelerate configuration.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from trainer.config.data import TASK_OF_OBJECTIVE, ClassificationData, InstructData, LiveData, StreamData, Target
@@ -289,13 +288,3 @@ def check_world(config: RunConfig, world_size: int) -> list[str]:
         f"train.global_batch_size ({size}) is smaller than the number of processes ({world_size}); every process needs "
         f"a sample: set train.global_batch_size={world_size} or start at most {size}"
     ]
-
-
-def may_change(section: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the settings that may differ when a run continues; a section marked so stands for all in it."""
-    for name, field in type(section).model_fields.items():
-        value: Any = getattr(section, name)
-        if MayChange in field.metadata:
-            yield f"{prefix}{name}"
-        elif isinstance(value, BaseModel):
-            yield from may_change(value, f"{prefix}{name}.")

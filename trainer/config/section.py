@@ -1,7 +1,8 @@
 """What all sections of the configuration share: their base, the marks of a continued run, number types."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,3 +27,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+
+def may_change(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings that may differ when a run continues; a section marked so stands for all in it."""
+    for name, field in type(section).model_fields.items():
+        value: Any = getattr(section, name)
+        if MayChange in field.metadata:
+            yield f"{prefix}{name}"
+        elif isinstance(value, BaseModel):
+            yield from may_change(value, f"{prefix}{name}.")
