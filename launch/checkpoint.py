@@ -1,6 +1,6 @@
 """`samestep checkpoint list | verify | inspect | export`: look at checkpoints without a GPU, without training code, on a login node.
 
-Only `export` imports torch. Exit codes: 0 fine, 2 a mistake in the command, 3 a damaged checkpoint.
+Only `export` imports torch. Exit codes: 0 fine, 2 what the command was given cannot be used, 3 `verify` found damage.
 """
 
 from pathlib import Path
@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from trainer.checkpoint.manifest import MANIFEST, STATE, Manifest, read_json, read_manifest
-from trainer.checkpoint.store import CHECKPOINTS, KEEP_SUFFIX, describe_damage, list_checkpoints
+from trainer.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from trainer.checkpoint.resume import flat_values
+from trainer.checkpoint.state import read_state
+from trainer.checkpoint.store import CHECKPOINTS, KEEP_SUFFIX, STEP_NAME, describe_damage, list_checkpoints
 from trainer.errors import CheckpointError
 from trainer.quiet import quiet_libraries
 
@@ -63,11 +65,15 @@ def inspect(path: Where) -> None:
     damage = describe_damage(folder)
     if damage is not None:
         raise CheckpointError(damage)
-    manifest, state = read_manifest(folder), read_json(folder / STATE)
+    manifest = read_manifest(folder)
+    state = read_state(folder, manifest)
     print(f"{folder}\nstep {manifest.step}, written by {topology(manifest)}, precision {manifest.precision}")
-    for title, values in (("versions", manifest.versions), ("counters", state.get("counters", {}))):
+    for title, values in (("versions", manifest.versions), ("counters", vars(state.counters))):
         print(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     print(f"files: {len(manifest.files) + 1}, {size_words(manifest)}")
+    print(f"settings (hash {manifest.config_hash[:16]}):")
+    for name, value in flat_values(state.config).items():
+        print(f"  {name} {value}")
     print("tensors:")
     for key, shape in manifest.tensors.items():
         print(f"  {key} {tuple(shape)}")
@@ -77,6 +83,9 @@ def inspect(path: Where) -> None:
 def export(
     path: Where,
     output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where to write it; must not exist.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the model's repository, if it needs any.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a model that plain transformers opens, or as an adapter for PEFT, from any backend's shards.
 
@@ -86,13 +95,13 @@ def export(
     from trainer.checkpoint.export import export_checkpoint, find_checkpoint
 
     folder = find_checkpoint(path)
-    export_checkpoint(folder, output)
+    export_checkpoint(folder, output, trust_remote_code=trust_remote_code)
     print(f"exported {folder} to {output}, and opened it again: all tensors are there and equal")
 
 
 def checkpoints_at(path: Path) -> list[Path]:
     """One checkpoint, or all of a run directory, newest first. CheckpointError where there is none."""
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         return [path]
     found = list_checkpoints(path / CHECKPOINTS) or list_checkpoints(path)
     if not found:

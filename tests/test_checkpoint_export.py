@@ -1,9 +1,11 @@
 """`samestep checkpoint export`, `list`, `inspect`: plain libraries open what any backend's shards become, on one CPU process."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from launch.cli import main
 from tests.distributed.resume_runs import make_config, train
 from tests.rank_pool import run_ranks
+from tests.ruin import rehash, write_manifest
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.checkpoint.export import export_checkpoint
-from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.store import list_checkpoints
+from trainer.checkpoint.manifest import MANIFEST, STATE, checksum, read_manifest
+from trainer.checkpoint.store import describe_damage, list_checkpoints
+from trainer.errors import CheckpointError
 
 RUNS = [("zero3", "full"), ("fsdp", "lora"), ("zero2", "head"), ("ddp", "full")]
 
@@ -120,6 +124,39 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
             main(["checkpoint", *words])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_settings_that_this_version_lacks_and_code_of_a_repository_are_refused_by_name(
+    root: Path, tmp_path: Path
+) -> None:
+    config = make_config(root, tmp_path / "run", max_steps=2)
+    run_ranks(train, "single", 1, args=(config,))
+    checkpoint = list_checkpoints(config.folder / "checkpoints")[0]
+    state = json.loads((checkpoint / STATE).read_text())
+    state["config"]["model"]["trust_remote_code"] = True
+    write_state(checkpoint, state)
+    with pytest.raises(CheckpointError, match=r"model.trust_remote_code=true, on .*give --trust-remote-code"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    export_checkpoint(checkpoint, tmp_path / "out", trust_remote_code=True)
+    state["config"]["optim"]["momentum"] = 0.9
+    write_state(checkpoint, state)
+    with pytest.raises(CheckpointError, match=r"its setting optim.momentum is not one of this version .*samestep 0\."):
+        export_checkpoint(checkpoint, tmp_path / "other", trust_remote_code=True)
+    state["config"]["optim"]["momentum"] = 0.8
+    write_state(checkpoint, state, config_hash=False)
+    assert describe_damage(checkpoint) is None
+    with pytest.raises(CheckpointError, match="its settings are not those that"):
+        export_checkpoint(checkpoint, tmp_path / "other")
+
+
+def write_state(folder: Path, state: dict[str, Any], *, config_hash: bool = True) -> None:
+    """Another state.json, with hashes as if the checkpoint had been written so."""
+    (folder / STATE).write_text(json.dumps(state))
+    content = json.loads((folder / MANIFEST).read_text())
+    if config_hash:
+        content["config_hash"] = checksum(state["config"])
+    write_manifest(folder, content, forge=True)
+    rehash(folder, STATE)
 
 
 def change_base(folder: Path) -> None:

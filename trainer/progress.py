@@ -1,13 +1,16 @@
 """Where a run stands: what must survive a restart beside weights, moments and random numbers.
 
 `Counters` are the same on every rank and go into a checkpoint's state.json; `Window` holds one rank's own sums. Local to the rank.
+Imports no torch: `samestep checkpoint inspect` reads counters on a login node.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COUNT = "count/"
 
@@ -16,14 +19,14 @@ COUNT = "count/"
 class Window:
     """Sums of this rank since the last log line."""
 
-    loss_sum: Tensor | float = 0.0
+    loss_sum: "Tensor | float" = 0.0
     num_targets: int = 0
     num_samples: int = 0
     elapsed_s: float = 0.0
-    counts: dict[str, Tensor | float] = field(default_factory=dict)
+    counts: "dict[str, Tensor | float]" = field(default_factory=dict)
     """The task's own, by name; replaced, never changed in place."""
 
-    def add_counts(self, counts: Mapping[str, Tensor]) -> None:
+    def add_counts(self, counts: "Mapping[str, Tensor]") -> None:
         """One micro-batch more."""
         self.counts = {name: self.counts.get(name, 0.0) + count for name, count in counts.items()}
 

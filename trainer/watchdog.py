@@ -1,7 +1,8 @@
 """Ends a job in which a rank hangs, and says which rank, in what, since when. One thread per rank, whatever the process group does.
 
-The engine's verbs beat; a rank that beats no more for `timeout_s` ends itself. The rank with the fewest beats is the one that all
-others wait for: each stuck rank leaves its count in a file, rank 0 reads them and names it. Invariant: nothing here is collective.
+The engine's verbs beat; a rank that beats no more for `timeout_s` ends itself. The rank with the fewest beats of its main thread is the
+one that all others wait for, or, where all wait for a checkpoint, the one that still writes its files: each stuck rank leaves a file,
+rank 0 reads them and names it. Invariant: nothing here is collective.
 """
 
 import json
@@ -56,8 +57,7 @@ class Watchdog:
             self._write_report(silence_s)
             time.sleep(GRACE_S)
             reports = self._read_reports()
-            fewest = min(report["beats"] for report in reports.values())
-            guilty = [rank for rank, report in sorted(reports.items()) if report["beats"] == fewest]
+            guilty = guilty_ranks(reports)
             if self.rank in guilty or self.rank == 0:
                 print(self._words(reports, guilty, silence_s), file=sys.stderr, flush=True)
             if self.rank not in guilty:
@@ -67,7 +67,9 @@ class Watchdog:
 
     def _write_report(self, silence_s: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        report = {"beats": self.heartbeat.count, "phase": self.heartbeat.phase, "written": time.time()}
+        heartbeat = self.heartbeat
+        report = {"beats": heartbeat.num_main, "phase": heartbeat.phase, "is_writing": heartbeat.is_writing}
+        report["written"] = time.time()
         fresh = self.folder / f".stuck-{self.rank}"
         fresh.write_text(json.dumps(report))
         fresh.replace(self.folder / f"stuck-{self.rank}.json")
@@ -103,3 +105,10 @@ class Watchdog:
                 lines.append(f"rank {self.rank} {name} at (most recent call last):\n{stack.rstrip()}")
         lines.append("the job ends now; the same command goes on from the newest checkpoint")
         return "\n".join(lines)
+
+
+def guilty_ranks(reports: dict[int, dict[str, Any]]) -> list[int]:
+    """Those that the others wait for. Background beats do not count: a rank with a smaller shard writes fewer chunks of it."""
+    fewest = min(report["beats"] for report in reports.values())
+    last = [rank for rank, report in sorted(reports.items()) if report["beats"] == fewest]
+    return [rank for rank in last if reports[rank]["is_writing"]] or last

@@ -24,6 +24,7 @@ from trainer.errors import DivergedError
 from trainer.loss import classification_loss_sum
 from trainer.progress import Progress
 from trainer.task import targets
+from trainer.watchdog import guilty_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,20 +172,36 @@ def launch(config: RunConfig, tmp_path: Path, rank: int, port: int, fault: str) 
     )
 
 
-@pytest.mark.parametrize("point", ["data", "save.weights"])
-def test_a_hung_rank_ends_the_job_and_is_named(point: str, root: Path, tmp_path: Path) -> None:
-    config = make_config(root, tmp_path / "run", hang_timeout_s=4 if point == "data" else 0.6)
+@pytest.mark.parametrize(
+    ("point", "phase", "stack"),
+    [
+        ("data", "reading the data of step 3", "rank 1 is at"),
+        ("save.weights", "waiting for a checkpoint to be written", "rank 1 writes a checkpoint at"),
+    ],
+)
+def test_a_hung_rank_ends_the_job_and_is_named(point: str, phase: str, stack: str, root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run", hang_timeout_s=4)
     port = free_port()
     ranks = [launch(config, tmp_path, rank, port, f"{point}@1:3:hang") for rank in (0, 1)]
     began = time.monotonic()
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [4, 4], outputs
     assert time.monotonic() - began < 100
-    if point == "data":
-        assert "watchdog: rank 1 has made no progress for" in outputs[0]
-        assert "in: reading the data of step 3" in outputs[1]
-        assert "fault_point" in outputs[1]  # the stack
-    assert "the same command goes on from the newest checkpoint" in outputs[0]
+    for output in outputs:
+        assert "watchdog: rank 1 has made no progress for" in output
+        assert "watchdog: rank 0" not in output
+        assert f"in: {phase}" in output
+        assert "the same command goes on from the newest checkpoint" in output
+    assert "fault_point" in outputs[1].partition(stack)[2]
+
+
+def test_the_rank_that_others_wait_for_is_told_by_its_main_thread_and_then_by_its_writer() -> None:
+    def report(beats: int, *, is_writing: bool) -> dict[str, Any]:
+        return {"beats": beats, "is_writing": is_writing, "phase": ""}
+
+    assert guilty_ranks({0: report(9, is_writing=True), 1: report(8, is_writing=False)}) == [1]
+    assert guilty_ranks({0: report(9, is_writing=False), 1: report(9, is_writing=True)}) == [1]
+    assert guilty_ranks({0: report(9, is_writing=False), 1: report(9, is_writing=False)}) == [0, 1]
 
 
 def test_a_killed_rank_ends_the_others(root: Path, tmp_path: Path) -> None:

@@ -8,18 +8,17 @@ import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from trainer.backend import Engine, Piece, SideGroup, library_versions
 from trainer.checkpoint import store
 from trainer.checkpoint.belongs import check_identity, check_names, check_ranks
 from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_manifest
 from trainer.checkpoint.own import (
     SAME_ON_ALL,
-    TASK,
-    WINDOW,
+    Own,
     bytes_tensor,
+    check_generators,
     read_generators,
+    read_own,
     read_window,
     seed_generators,
     topology_seed,
@@ -28,7 +27,7 @@ from trainer.checkpoint.own import (
 )
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.saver import Save, Saver
-from trainer.checkpoint.shards import ShardImage, ShardReader, image_of, is_tensor_file, shard_name
+from trainer.checkpoint.shards import ShardImage, ShardReader, image_of, is_tensor_file
 from trainer.checkpoint.snapshot import Snapshots, owned_pieces
 from trainer.checkpoint.state import TrainingState, read_state
 from trainer.config import RunConfig
@@ -65,7 +64,7 @@ class Checkpointer:
             nonce=nonce,
             keep_last=config.train.keep_last,
             say=lambda line: self.say(line),
-            watch=engine.heartbeat.beat_in_background,
+            heartbeat=engine.heartbeat,
         )
         self.snapshots = Snapshots()
         self.saved_step = -1
@@ -213,15 +212,19 @@ class Checkpointer:
         """Weights, moments, counters and random numbers of a checkpoint; each file is read once and verified on the way."""
         damage = store.describe_damage(folder, is_hashed=lambda name: not is_tensor_file(name))
         self.raise_together(damage, DamagedError)
-        problem = None
+        problem, is_same = None, False
         try:
             manifest = read_manifest(folder)
-            state = read_state(folder)
+            state = read_state(folder, manifest)
             progress = Progress.restored(state.counters)
             check_identity(folder, state, self.identity, self.config)
             check_ranks(folder, manifest, self.engine.world_size)
             if state.counters.step != manifest.step:
                 raise CheckpointError(f"{folder}: its state is of step {state.counters.step}, not {manifest.step}")
+            own = read_own(folder, manifest.world_size)
+            is_same = self.is_same_topology(manifest, own)
+            if is_same:
+                check_generators(folder, own[self.engine.rank].generators)
         except CheckpointError as error:
             problem = str(error)
         self.raise_together(problem, CheckpointError)
@@ -233,7 +236,7 @@ class Checkpointer:
             self.say(
                 f"precision changed since the checkpoint: {manifest.precision} -> {engine.precision}; weights are exact"
             )
-        self.restore_own(folder, manifest, progress)
+        self.restore_own(manifest, own, progress, is_same=all(self.side.all_gather(is_same)))
         self.remember_rollbacks(progress)
         self.saved_step = progress.step if folder.resolve().parent == self.root.resolve() else -1
         return progress
@@ -263,20 +266,20 @@ class Checkpointer:
             problem = str(error)
         self.raise_together(problem, DamagedError)
 
-    def restore_own(self, folder: Path, manifest: Manifest, progress: Progress) -> None:
+    def is_same_topology(self, manifest: Manifest, own: list[Own]) -> bool:
+        """Whether this rank's random numbers can go on exactly: the same backend and ranks, and not from a GPU to a CPU."""
+        engine = self.engine
+        same = (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size)
+        return same and own[engine.rank].generators.keys() == read_generators().keys()
+
+    def restore_own(self, manifest: Manifest, own: list[Own], progress: Progress, *, is_same: bool) -> None:
         """Random numbers and open sums of this rank: exactly under the topology that saved them, else from (seed, step, rank)."""
         engine = self.engine
-        windows, own = [], dict[str, Tensor]()
-        for rank in range(manifest.world_size):
-            reader = ShardReader(folder, [shard_name("rank", rank, manifest.world_size)])
-            windows.append({key: float(reader.whole(key)) for key in reader.ranges if key.startswith(WINDOW)})
-            if rank == engine.rank:
-                own = {key: reader.whole(key) for key in reader.ranges if key.startswith("rng/")}
-                self.rank_state = bytes(reader.whole(TASK).tolist()) if TASK in reader.ranges else b""
-        same = (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size)
-        if all(self.side.all_gather(same and own.keys() == read_generators().keys())):  # not from GPU to CPU
+        self.rank_state = own[engine.rank].task if engine.rank < len(own) else b""
+        windows = [of_rank.window for of_rank in own]
+        if is_same:
             progress.window = read_window(windows[engine.rank])
-            write_generators(own)
+            write_generators(own[engine.rank].generators)
             return
         if engine.rank == 0:  # the sums of all ranks, by one of them
             sums = {key: sum(window[key] for window in windows) for key in windows[0]}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from trainer.checkpoint.manifest import TEMPLATE, Manifest, read_json, read_manifest
 from trainer.checkpoint.shards import ShardReader
-from trainer.checkpoint.state import read_state
+from trainer.checkpoint.state import TrainingState, read_state
 from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoints, newest_good
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
@@ -49,12 +50,18 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the model or adapter of a verified checkpoint into `target`, which must not exist or be empty, and open it again."""
+def export_checkpoint(
+    folder: Path, target: Path, *, trust_remote_code: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the model or adapter of a verified checkpoint into `target`, which must not exist or be empty, and open it again.
+
+    trust_remote_code: whether code of the model's repository may run; what the checkpoint says of it is only a wish.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"--output ({target}) exists already; give a folder that does not exist yet")
-    manifest, state = read_manifest(folder), read_state(folder)
-    config = RunConfig.model_validate_json(json.dumps(state.config))
+    manifest = read_manifest(folder)
+    state = read_state(folder, manifest)
+    config = read_settings(folder, manifest, state, trust_remote_code=trust_remote_code)
     reader = ShardReader(folder, [name for name in manifest.files if name.startswith("weights")])
     shapes = {key.removeprefix(WEIGHT): shape for key, shape in manifest.tensors.items() if key.startswith(WEIGHT)}
     for name, shape in shapes.items():
@@ -82,6 +89,25 @@ def export_checkpoint(folder: Path, target: Path, *, shard_bytes: int = SHARD_BY
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def read_settings(folder: Path, manifest: Manifest, state: TrainingState, *, trust_remote_code: bool) -> RunConfig:
+    """The run's settings, but for `trust_remote_code`. CheckpointError where this version does not know one of them."""
+    try:
+        config = RunConfig.model_validate_json(json.dumps(state.config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{folder}: its setting {'.'.join(map(str, first['loc']))} is not one of this version ({first['msg']}); "
+            f"export it with samestep {manifest.versions.get('samestep', 'of that time')}, which saved it"
+        ) from None
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise CheckpointError(
+            f"{folder} was trained with model.trust_remote_code=true, on {config.model.source}; read the code there, and give "
+            "--trust-remote-code to run it"
+        )
+    model = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+    return config.model_copy(update={"model": model})
 
 
 def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]]) -> None:

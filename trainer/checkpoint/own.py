@@ -2,18 +2,79 @@
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.shards import ShardReader, shard_name
 from trainer.data.batches import random_words
+from trainer.errors import CheckpointError
 from trainer.progress import Window
 
-WINDOW, TASK = "window/", "task"
+WINDOW, RANDOM, TASK, CUDA = "window/", "rng/", "task", "rng/cuda"
 SAME_ON_ALL = (f"{WINDOW}num_samples", f"{WINDOW}elapsed_s")
 """Open sums that every rank counts for all."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """One rank's file of a checkpoint."""
+
+    window: dict[str, float]
+    """Open sums by key."""
+    generators: dict[str, Tensor]
+    task: bytes
+    """Empty where the task has no state of its own."""
+
+
+def read_own(folder: Path, num_ranks: int) -> list[Own]:
+    """What each of the ranks that saved had. CheckpointError unless the sums can be taken up."""
+    found = [read_rank(folder, shard_name("rank", rank, num_ranks)) for rank in range(num_ranks)]
+    for number, own in enumerate(found):
+        try:
+            read_window(own.window)
+        except (KeyError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"{folder}: rank {number} has no usable sums since the last log line: {error}"
+            ) from None
+        if own.window.keys() != found[0].window.keys():
+            raise CheckpointError(f"{folder}: the sums of rank {number} are of other quantities than those of rank 0")
+    return found
+
+
+def read_rank(folder: Path, name: str) -> Own:
+    """One rank's file. CheckpointError where an entry is incomplete, or a sum is not one number."""
+    reader = ShardReader(folder, [name])
+    entries = {key: reader.whole(key) for key in reader.ranges}
+    sums = {key: entry for key, entry in entries.items() if key.startswith(WINDOW)}
+    wrong = [key for key, entry in sums.items() if entry.numel() != 1 or entry.dtype != torch.float64]
+    task = entries.get(TASK, torch.empty(0, dtype=torch.uint8))
+    wrong += [TASK] if task.dtype != torch.uint8 else []
+    if wrong:
+        raise CheckpointError(f"{folder / name}: {wrong[0]} has another type or length than samestep writes")
+    generators = {key: entry for key, entry in entries.items() if key.startswith(RANDOM)}
+    missing = read_generators().keys() - {CUDA} - generators.keys()
+    if missing:
+        raise CheckpointError(f"{folder / name} lacks {min(missing)}")
+    return Own({key: float(entry) for key, entry in sums.items()}, generators, bytes(task.tolist()))
+
+
+def check_generators(folder: Path, states: Mapping[str, Tensor]) -> None:
+    """CheckpointError where this process's generators cannot be put there; they stay where they are."""
+    before = read_generators()
+    try:
+        write_generators(states)
+        wrong = [key for key, state in read_generators().items() if not torch.equal(state, states[key])]
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    finally:
+        write_generators(before)
+    if wrong:
+        raise CheckpointError(f"{folder}: its random number generators cannot be taken up ({wrong[0]})")
 
 
 def read_generators() -> dict[str, Tensor]:
@@ -29,7 +90,7 @@ def read_generators() -> dict[str, Tensor]:
         "rng/torch": torch.get_rng_state(),  # bytes come after 8-byte numbers, which then stay aligned
     }
     if torch.cuda.is_available():
-        states["rng/cuda"] = torch.cuda.get_rng_state()
+        states[CUDA] = torch.cuda.get_rng_state()
     return states
 
 
@@ -38,11 +99,13 @@ def write_generators(states: Mapping[str, Tensor]) -> None:
     gauss = states["rng/python_gauss"].tolist()
     random.setstate((3, tuple(states["rng/python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = states["rng/numpy"].tolist()
+    if not 0 <= position <= len(keys):
+        raise ValueError("numpy's generator stands outside of its words")  # numpy 2 takes it, and reads there
     cached = states["rng/numpy_gauss"].item()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["rng/torch"])
-    if "rng/cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["rng/cuda"])
+    if CUDA in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[CUDA])
 
 
 def seed_generators(seed: int) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.backend import SideGroup
+from trainer.backend import Heartbeat, SideGroup
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import FileEntry, Manifest, manifest_text, sync_folder, write_synced
 from trainer.checkpoint.shards import ShardImage, shard_name
@@ -61,11 +61,11 @@ class Saver:
         nonce: str,
         keep_last: int,
         say: Callable[[str], None],
-        watch: Callable[[], None],
+        heartbeat: Heartbeat,
     ) -> None:
-        """root: folder of checkpoints; say: shows a line, rank 0 only; watch: called in the thread when it has got on."""
+        """root: folder of checkpoints; say: shows a line, rank 0 only; heartbeat: hears of what the thread does."""
         self.root, self.side, self.nonce, self.keep_last = root, side, nonce, keep_last
-        self.say, self.watch = say, watch
+        self.say, self.heartbeat = say, heartbeat
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[str | None] | None = None
         self.complaints: list[str] = []
@@ -118,7 +118,8 @@ class Saver:
             self.longest_s = max(self.longest_s, time.perf_counter() - began - self.paused_s)
 
     def _write_and_publish(self, save: Save) -> str | None:
-        report = self._write_own_files(save)
+        with self.heartbeat.writing():
+            report = self._write_own_files(save)
         reports = self.side.all_gather(report)
         error = "; ".join(
             f"rank {rank} could not write it: {report.error}" for rank, report in enumerate(reports) if report.error
@@ -153,7 +154,7 @@ class Saver:
 
     def _after_chunk(self) -> None:
         """Pause between chunks while training goes on, so that no single step pays for the whole save."""
-        self.watch()
+        self.heartbeat.beat_in_background()
         written = time.perf_counter()
         self.hurry.wait(PAUSE * (written - self.chunk_began))
         self.chunk_began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""state.json: the scalars of a training state, checked when read."""
+"""state.json: the scalars of a training state, checked when read. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.checkpoint.manifest import STATE, Strict, read_json
+from trainer.checkpoint.manifest import STATE, Manifest, Strict, checksum, read_json
 from trainer.errors import CheckpointError
 from trainer.progress import Counters
 
@@ -28,10 +28,13 @@ class TrainingState(Strict):
     """The resolved settings of the run."""
 
 
-def read_state(folder: Path) -> TrainingState:
-    """state.json; CheckpointError where it is none."""
+def read_state(folder: Path, manifest: Manifest) -> TrainingState:
+    """state.json; CheckpointError where it is none, or where its settings are not those that the manifest was written for."""
     try:
-        return TrainingState.model_validate_json(json.dumps(read_json(folder / STATE)))
+        state = TrainingState.model_validate_json(json.dumps(read_json(folder / STATE)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(f"{folder / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if checksum(state.config) != manifest.config_hash:
+        raise CheckpointError(f"{folder / STATE}: its settings are not those that {folder} was saved with")
+    return state
