@@ -87,6 +87,20 @@ def test_a_finished_run_is_finished_until_it_is_extended(tmp_path: Path) -> None
     assert start.words == "changed since the last start: train.extend False -> True, train.num_epochs 3.0 -> 5.0"
 
 
+def test_an_extended_run_that_is_finished_again_says_so(tmp_path: Path) -> None:
+    made = config(tmp_path / "run", extend=True)
+    saved(made)
+    end(made, "finished")
+    assert decide_start(made).kind == "finished"
+
+
+@pytest.mark.parametrize("length", [{"num_epochs": 2}, {"num_epochs": None, "max_steps": 1000}])
+def test_a_run_is_extended_in_its_own_unit_and_never_made_shorter(length: dict[str, Any], tmp_path: Path) -> None:
+    saved(config(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"train.num_epochs .* was 3.0 .*train.extend=true with a larger number"):
+        decide_start(config(tmp_path / "run", extend=True, **length))
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

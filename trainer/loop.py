@@ -243,13 +243,15 @@ class Trainer:
         return self.stop is not None and self.stop.seen()
 
     def log(self) -> None:
-        """Write the sums over all ranks since the last call. Collective."""
+        """Write the sums over all ranks since the last line; none where every step since then was left out. Collective."""
         window, progress, names = self.progress.window, self.progress, self.task.count_names
         sums = [window.loss_sum, window.num_targets, *(window.counts.get(name, 0.0) for name in names)]
         loss_sum, num_targets, *rest = self.engine.sum_over_ranks([float(number) for number in sums])
+        if not num_targets:
+            return
         counts = dict(zip(names, rest, strict=True))
         progress.num_tokens += int(counts.get("tokens", 0))
-        loss = loss_sum / max(num_targets, 1)
+        loss = loss_sum / num_targets
         seconds = max(window.elapsed_s, 1e-9)
         values = {
             "epoch": round(progress.step / self.task.steps_per_epoch, 4),
@@ -289,7 +291,7 @@ class Trainer:
         stopped = progress.stop_asked and progress.step < self.num_steps
         if not stopped and progress.window.num_samples:
             self.log()
-        if not stopped and progress.evaluated_step != progress.step:
+        if not stopped and (progress.evaluated_step != progress.step or progress.best_metric is None):
             self.evaluate_and_keep_best()
         if self.checkpoints.saved_step != progress.step:
             self.save()

@@ -386,6 +386,8 @@ def test_skip_leaves_the_step_out_on_all_ranks(backend: str, root: Path, tmp_pat
         moved = [not np.array_equal(one, two) for one, two in zip(facts["weights"], facts["weights"][1:], strict=False)]
         assert moved == [True, False, True, True, False]  # of steps 2 to 6; the last one's rate is 0
         assert np.isfinite(facts["weights"][-1]).all()
+    lines = lines_with("train/loss", tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6]  # no loss of 0.0 for a step that has none
     assert "| skipped steps | 1 |" in (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
 
 

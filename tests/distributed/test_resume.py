@@ -147,6 +147,17 @@ def test_a_finished_run_says_so_and_is_left_alone(root: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_branch_of_a_finished_run_evaluates_exports_and_ends(root: Path, tmp_path: Path) -> None:
+    run, _ = never_killed(root, "ddp", 2)
+    branch = make_config(root, tmp_path / "branch", resume=str(run))
+    seen = start(branch, "ddp", 2)
+    assert seen is not None
+    assert [facts["error"] for facts in seen] == [None, None]
+    assert [facts["losses"] for facts in seen] == [{}, {}]  # not a step more
+    assert json.loads((branch.folder / "outcome.json").read_text()) == {"outcome": "finished", "step": NUM_STEPS}
+    assert [line["step"] for line in metrics_of(branch.folder) if "eval/loss" in line] == [NUM_STEPS]
+
+
 def test_a_kill_right_after_an_epochs_edge_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", save_every=7, eval_every=4)
     assert start(config, "ddp", 2, fault="save.pruned:1") is None

@@ -16,7 +16,7 @@ from trainer.errors import CheckpointError, ConfigError
 
 OUTCOME = "outcome.json"
 LENGTH = ("train.num_epochs", "train.max_steps")
-"""What `train.extend` allows to change."""
+"""What `train.extend` allows to grow."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def decide_start(config: RunConfig) -> Start:
     if not own and outcome is None:
         return Start("fresh")
     words = check_settings(config, own)
-    if outcome == "finished" and not config.train.extend:
+    if outcome == "finished" and not is_extended(config, own):
         return Start("finished", words=finished_words(config))
     if not own:
         return Start("fresh")
@@ -94,13 +94,13 @@ def check_settings(config: RunConfig, checkpoints: tuple[Path, ...]) -> str:
 
     Settings that only one side knows come from another version of samestep; they are named, not refused.
     """
-    found = next(((folder, stored) for folder in checkpoints if (stored := stored_settings(folder)) is not None), None)
+    found = newest_settings(checkpoints)
     if found is None:
         return ""
     folder, before = found
     now = flat_values(config.model_dump(mode="json"))
     changed = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
-    movable = set(may_change(config)) | (set(LENGTH) if config.train.extend else set())
+    movable = set(may_change(config)) | (grown(before, now) if config.train.extend else set())
     switched = any(name.endswith(".name") and name != "name" for name in changed)  # another method has other settings
     refused = [name for name in changed if name not in movable]
     if refused:
@@ -117,8 +117,10 @@ def refusals(
     ways = (
         f"name=NEW to start another run, or train.resume=never to start this one anew ({config.folder} is moved aside)"
     )
-    if set(names) <= set(LENGTH):
+    if set(names) <= grown(before, now):
         ways += ", or train.extend=true to go on with the new length (the schedule follows it)"
+    elif set(names) <= set(LENGTH):
+        ways += ", or train.extend=true with a larger number in its place to go on (the schedule follows it)"
     for name in names:
         yield (
             f"{name} ({shown(now[name])}) was {shown(before[name])} when {folder} was saved, and must stay so; "
@@ -126,11 +128,30 @@ def refusals(
         )
 
 
+def grown(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """The settings of the run's length that are larger than they were; from epochs to steps is no comparison."""
+    known = [name for name in LENGTH if isinstance(before.get(name), int | float) and now[name] is not None]
+    return {name for name in known if now[name] > before[name]}
+
+
+def is_extended(config: RunConfig, checkpoints: tuple[Path, ...]) -> bool:
+    """Whether train.extend gives the run more steps than the newest checkpoint's settings did."""
+    found = newest_settings(checkpoints)
+    return (
+        config.train.extend and found is not None and bool(grown(found[1], flat_values(config.model_dump(mode="json"))))
+    )
+
+
+def newest_settings(checkpoints: tuple[Path, ...]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose settings can be read, and these."""
+    return next(((folder, stored) for folder in checkpoints if (stored := stored_settings(folder)) is not None), None)
+
+
 def stored_settings(folder: Path) -> dict[str, Any] | None:
     """Dotted name -> value of the settings in a checkpoint's state.json; None where it cannot be read."""
     try:
         return flat_values(read_json(folder / STATE)["config"])
-    except (CheckpointError, KeyError, AttributeError):
+    except (CheckpointError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -156,7 +156,7 @@ class TrainConfig(Section):
     """`auto`: continue where the run directory's newest good checkpoint ends; `never`: start anew, the earlier run is moved aside;
     or the path of a checkpoint or run directory to start from."""
     extend: Annotated[bool, MayChange] = False
-    """Let a continued run have another length (`num_epochs`, `max_steps`); the schedule follows the new one."""
+    """Let a continued run be longer than it was (`num_epochs` or `max_steps`); the schedule follows the new length."""
     log_every: Annotated[PositiveInt, MayChange] = 10
     """Steps between log lines."""
     metric: MetricName | None = None
