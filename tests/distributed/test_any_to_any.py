@@ -20,6 +20,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import Start
 from trainer.config import OptimConfig, RunConfig, TrainConfig
 from trainer.data.batches import IGNORED, micro_batches
+from trainer.model.export import saved_buffers
 from trainer.progress import Progress
 
 BATCH, SAVED, LAST, VOCABULARY = 12, 3, 6, 50
@@ -41,6 +42,8 @@ def tiny_model(method: str, seed: int) -> nn.Module:
     )
     if method == "full":
         model: nn.Module = BertForMaskedLM(config)
+        model.cls.register_buffer("count", torch.tensor(seed))  # belongs to the model, and is not trained
+        model.bert.register_buffer("mask", torch.arange(7) % 2 == seed)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -65,12 +68,13 @@ def build(method: str, folder: Path, accelerator: Any, seed: int) -> tuple[Engin
     train = TrainConfig(max_steps=LAST, global_batch_size=BATCH)
     config = RunConfig(name="any", run_dir=folder, optim=OptimConfig(max_grad_norm=0.5), train=train)
     model = tiny_model(method, seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    slow = {name for name, p in trained.items() if p.ndim <= 1 or "lora_B" in name}
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "lr_factor": 0.5},
+        {"params": [p for name, p in trained.items() if name not in slow], "weight_decay": 0.1},
+        {"params": [p for name, p in trained.items() if name in slow], "weight_decay": 0.0, "lr_factor": 0.5},
     ]
-    groups = [group for group in groups if group["params"]]
+    assert all(group["params"] for group in groups)
     engine = build_engine(accelerator, model, torch.optim.AdamW(groups, lr=1e-3))
     engine.model.train()
     return engine, Checkpointer(config, engine, identity={"base": method, "data": "tokens"})
@@ -123,6 +127,7 @@ def gathered(engine: Engine) -> dict[str, np.ndarray]:
                 moment = engine.optimizer.state[parameter][kind]
                 moment = moment.full_tensor() if hasattr(moment, "full_tensor") else moment
             tensors[f"{kind}/{name}"] = moment.clone()
+    tensors |= {f"buffer/{name}": buffer for name, buffer in saved_buffers(engine.module).items()}
     return {key: tensor.float().cpu().numpy() for key, tensor in tensors.items()}
 
 
@@ -195,6 +200,29 @@ def test_three_ranks_go_on_from_one_and_two(backend: str, saved: Any) -> None:
             assert facts["losses"] == pytest.approx(expected[source][method], rel=1e-5), (source, method)
 
 
+@pytest.fixture(scope="module")
+def saved_by_3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, list[float]]]]:
+    """The same by three ranks of the sharded backends."""
+    root = tmp_path_factory.mktemp("three")
+    return root, {b: run_ranks(save_midway, b, 3, args=(root, b))[0] for b in ("fsdp", "zero2", "zero3")}
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks"),
+    [
+        ("single", 1),
+        ("zero1", 2),
+        *[pytest.param(b, 2, marks=pytest.mark.slow) for b in ("ddp", "fsdp", "zero2", "zero3")],
+    ],
+)
+def test_one_and_two_ranks_go_on_from_three(backend: str, ranks: int, saved_by_3: Any) -> None:
+    root, expected = saved_by_3
+    for by_rank in run_ranks(resume_each, backend, ranks, args=(root, ("fsdp", "zero2", "zero3"))):
+        for (source, method), facts in by_rank.items():
+            assert facts["wrong"] == [], (source, method)
+            assert facts["losses"] == pytest.approx(expected[source][method], rel=1e-5), (source, method)
+
+
 @pytest.mark.parametrize("backend", ["fsdp_offload", "zero2_offload", "zero3_offload"])
 def test_offloaded_state_goes_on_from_any_and_is_gone_on_from(backend: str, saved: Any, tmp_path: Path) -> None:
     root, expected = saved
@@ -220,3 +248,33 @@ def test_bf16_runs_hand_over_their_fp32_masters(source: str, target: str, tmp_pa
         for (_, method), facts in facts_by_method.items():
             assert facts["wrong"] == [], method
             assert facts["losses"] == pytest.approx(losses[method], rel=2e-2), method  # bf16 rounds by micro-batch
+
+
+TOPOLOGIES = [("single", 1), *[(backend, ranks) for backend in BACKENDS[1:] for ranks in (2, 3)]]
+
+
+@pytest.fixture(scope="module", params=["no", "bf16"])
+def saved_by_all(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """In one precision: every topology's checkpoints, in a folder of its own, and its losses afterwards."""
+    root, precision, losses = tmp_path_factory.mktemp("all"), request.param, {}
+    for backend, ranks in TOPOLOGIES:
+        folder = root / str(ranks)
+        losses[backend, ranks] = run_ranks(save_midway, backend, ranks, args=(folder, backend), precision=precision)[0]
+    return root, precision, losses
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("backend", "ranks"), TOPOLOGIES)
+def test_every_topology_goes_on_from_every_topology_in_every_precision(
+    backend: str, ranks: int, saved_by_all: Any
+) -> None:
+    root, precision, losses = saved_by_all
+    for number in (1, 2, 3):
+        sources = tuple(source for source, of_ranks in TOPOLOGIES if of_ranks == number)
+        arguments = (root / str(number), sources)
+        found = run_ranks(resume_each, backend, ranks, args=arguments, precision=precision, timeout_s=300)[0]
+        assert len(found) == len(sources) * len(METHODS)
+        for (source, method), facts in found.items():
+            assert facts["wrong"] == [], (source, number, method)
+            tolerance = 1e-5 if precision == "no" else 2e-2
+            assert facts["losses"] == pytest.approx(losses[source, number][method], rel=tolerance), (source, method)

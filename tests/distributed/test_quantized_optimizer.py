@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.resume_runs import make_config, same_weights, start
 from tests.tiny import tiny_bert, tiny_sentences
@@ -66,3 +67,26 @@ def test_a_checkpoint_of_another_optimizer_is_refused(root: Path, tmp_path: Path
     seen = start(config_of(root, tmp_path / "run", "adamw_8bit"), "single", 1)
     assert seen is not None
     assert "optim.name" in seen[0]["error"]
+
+
+@pytest.mark.parametrize("saved_by", [("single", 1), ("ddp", 2)])
+def test_8_bit_moments_are_refused_on_another_topology(saved_by: tuple[str, int], root: Path, tmp_path: Path) -> None:
+    config = config_of(root, tmp_path / "run", "adamw_8bit")
+    assert start(config, *saved_by, fault=f"step@{saved_by[1] - 1}:2:usr1") is not None
+    seen = start(config, "ddp", 3)
+    assert seen is not None
+    words = f"go on only on {saved_by[0]} with {saved_by[1]} process(es), which saved them, not on ddp with 3"
+    assert all(facts["error"].startswith("CheckpointError: ") and words in facts["error"] for facts in seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="paged optimizers move moments between a GPU and the host")
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_paged_moments_resume_bit_for_bit(name: str, root: Path, tmp_path: Path) -> None:
+    whole = start(config_of(root, tmp_path / "whole", name), "single", 1)
+    config = config_of(root, tmp_path / "again", name)
+    assert start(config, "single", 1, fault="step@0:3:usr1") is not None
+    resumed = start(config, "single", 1)
+    assert whole is not None
+    assert resumed is not None
+    assert [seen[0]["error"] for seen in (whole, resumed)] == [None, None]
+    assert same_weights(resumed[0], whole[0])

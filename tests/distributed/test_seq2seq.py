@@ -1,6 +1,7 @@
 """Models with an encoder and a decoder on real ranks: the loss of one process, the same answers, an export that holds what was trained."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,26 @@ def test_a_run_on_two_ranks_resumes_to_the_same_weights(backend: str, root: Path
         assert facts["error"] is None
         assert sorted(facts["losses"]) == [3]
         assert same_weights(facts, expected)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero3"])
+def test_a_buffer_of_the_models_files_survives_resume_and_export(backend: str, root: Path, tmp_path: Path) -> None:
+    """BART's bias of the logits, which Marian's translators need; it is no parameter."""
+    from transformers import BartForConditionalGeneration
+
+    base = tmp_path / "bart"
+    shutil.copytree(root / "bart", base)
+    model = BartForConditionalGeneration.from_pretrained(base)
+    bias = torch.randn_like(model.final_logits_bias)
+    model.final_logits_bias = torch.nn.Buffer(bias)
+    model.save_pretrained(base)
+    config = run_config(root, tmp_path / "run", str(base), "full")
+    assert start(config, backend, 2, fault="step@1:3:usr1") is not None
+    seen = start(config, backend, 2)
+    assert seen is not None
+    assert [facts["error"] for facts in seen] == [None, None]
+    export_checkpoint(find_checkpoint(config.folder), tmp_path / "out")
+    for folder in (config.folder / "model", tmp_path / "out"):
+        found, report = BartForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert torch.equal(found.final_logits_bias, bias), folder
+        assert not report["missing_keys"]

@@ -112,3 +112,19 @@ def test_zero_buckets_follow_the_size_of_the_model() -> None:
     large = zero_buckets(num_parameters=7_000_000_000, hidden_size=4096, stage=3)
     assert large["reduce_bucket_size"] == 500_000_000
     assert large["stage3_param_persistence_threshold"] == 40_960
+
+
+def refusal_of_pure_bf16() -> str:
+    config = RunConfig(name="t", train=TrainConfig(max_steps=1, global_batch_size=4))
+    accelerator = build_accelerator(config)
+    model = build("gpt2").to(torch.bfloat16)
+    with pytest.raises(BackendError) as refused:
+        build_engine(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+def test_pure_bf16_training_is_refused(backend: str) -> None:
+    for words in run_ranks(refusal_of_pure_bf16, backend, 2):
+        assert "is bfloat16; there is no pure-bf16 training" in words
+        assert "mixed_precision: bf16" in words

@@ -14,7 +14,7 @@ from tests.tiny import tiny_bert
 from trainer.config import FullConfig, HeadConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.errors import ConfigError, DataError
 from trainer.model.dropout import FAST_ATTENTION, FastDropout
-from trainer.model.load import build_model, load_architecture, load_tokenizer, model_location
+from trainer.model.load import build_model, check_no_batch_statistics, load_architecture, load_tokenizer, model_location
 
 LABELS = ("negative", "positive")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 173}
@@ -225,3 +225,10 @@ def test_code_in_a_model_repository_is_refused_by_default(tmp_path: Path) -> Non
 def run(folder: Path, *, model: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
     """A run on the model in `folder`."""
     return RunConfig(name="x", model=ModelConfig(source=str(folder), **(model or {})), **settings)
+
+
+def test_a_model_whose_step_depends_on_the_micro_batch_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(ConfigError, match=r"model.source \(x\): 1 \(BatchNorm1d\) normalizes over the micro-batch"):
+        check_no_batch_statistics("x", model)
+    check_no_batch_statistics("x", nn.LayerNorm(2))

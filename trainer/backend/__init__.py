@@ -8,10 +8,11 @@ Invariant: the backend that was asked for runs, or a BackendError says why not. 
 from trainer.backend.build import agree_on_start, build_accelerator, build_engine, library_versions
 from trainer.backend.engine import Engine
 from trainer.backend.heartbeat import Heartbeat
-from trainer.backend.pieces import Piece
+from trainer.backend.pieces import WEIGHT, Piece
 from trainer.backend.side import SideGroup
 
 __all__ = [
+    "WEIGHT",
     "Engine",
     "Heartbeat",
     "Piece",

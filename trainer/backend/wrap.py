@@ -170,7 +170,11 @@ def verify_wrapper(request: Request, wrapped: nn.Module, optimizer: torch.optim.
             )
     wrong = [name for name, p in wrapped.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
-        raise BackendError(f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is not")
+        dtype = str(wrapped.get_parameter(wrong[0]).dtype).removeprefix("torch.")
+        raise BackendError(
+            f"{request.backend}: trainable parameters must be fp32 masters, but {wrong[0]} is {dtype}; there is no pure-bf16 training: "
+            "leave the weights in fp32, and compute in bf16 by mixed_precision: bf16 of the accelerate configuration"
+        )
     if request.offload and not is_offloaded(wrapped, optimizer):
         raise BackendError(f"asked for {request.backend} with CPU offload, but its state stays on the device")
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from trainer.backend.pieces import BITSANDBYTES_MOMENTS
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.own import TASK
 from trainer.checkpoint.shards import ShardReader, shard_name
@@ -47,3 +48,13 @@ def check_names(folder: Path, wanted: Mapping[str, list[int]], stored: Mapping[s
     for key, shape in wanted.items():
         if list(stored[key]) != list(shape):
             raise CheckpointError(f"{folder}: {key} has shape {tuple(stored[key])}, but the model's has {tuple(shape)}")
+
+
+def check_blocks(folder: Path, manifest: Manifest, backend: str, world_size: int) -> None:
+    """CheckpointError where moments of bitsandbytes, whose blocks are promised to go on as they were saved only, would go on elsewhere."""
+    has_blocks = any(key.startswith(f"{BITSANDBYTES_MOMENTS[0]}/") for key in manifest.tensors)
+    if has_blocks and (manifest.backend, manifest.world_size) != (backend, world_size):
+        raise CheckpointError(
+            f"{folder}: moments of bitsandbytes' optimizers (optim.name) go on only on {manifest.backend} with {manifest.world_size} "
+            f"process(es), which saved them, not on {backend} with {world_size}; start as many there, or set train.resume=never"
+        )

@@ -1,7 +1,7 @@
 """What the loop calls: save the state of this step, restore the newest good one. Every rank makes one and calls it alike.
 
-Saved: the trainable weights and their moments (each rank's share), the optimizer's step count, the loss scale, the position, counters,
-best metric, the random number generators and open sums of every rank, the settings, and digests of base model and data.
+Saved: trainable weights and their moments (each rank's share), buffers, the optimizer's step count, loss scale, position, counters, best
+metric, the random number generators and open sums of every rank, the settings, and digests of base model and data.
 """
 
 import secrets
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.backend import Engine, Piece, SideGroup, library_versions
 from trainer.checkpoint import store
-from trainer.checkpoint.belongs import check_identity, check_names, check_ranks
+from trainer.checkpoint.belongs import check_blocks, check_identity, check_names, check_ranks
 from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_manifest
 from trainer.checkpoint.own import (
     SAME_ON_ALL,
@@ -28,10 +28,11 @@ from trainer.checkpoint.own import (
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.saver import Save, Saver
 from trainer.checkpoint.shards import ShardImage, ShardReader, image_of, is_tensor_file
-from trainer.checkpoint.snapshot import Snapshots, owned_pieces
+from trainer.checkpoint.snapshot import BUFFER, Snapshots, buffer_pieces, owned_pieces
 from trainer.checkpoint.state import TrainingState, read_state
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, DivergedError
+from trainer.model.methods import METHODS
 from trainer.progress import Progress
 
 SLOW_DISK = 50e6
@@ -82,7 +83,7 @@ class Checkpointer:
         """
         self.wait()
         engine, rank, world_size = self.engine, self.engine.rank, self.engine.world_size
-        pieces = engine.local_state()
+        pieces = self.local_state()
         shapes = {piece.key: list(piece.shape) for piece in pieces}
         images = self.snapshot(pieces)
         own = image_of(window_tensors(progress.window) | read_generators() | bytes_tensor(rank_state))
@@ -103,10 +104,17 @@ class Checkpointer:
         self.saver.start(Save(header, shapes, images | {"rank": own}, files, progress.best_step))
         self.saved_step = progress.step
 
+    def local_state(self) -> list[Piece]:
+        """The engine's, and unless a base model has them the buffers of the model's files, which every rank holds whole."""
+        is_adapter = METHODS[self.config.method.name].is_adapter
+        return self.engine.local_state() + ([] if is_adapter else list(buffer_pieces(self.engine.module)))
+
     def snapshot(self, pieces: list[Piece]) -> dict[str, ShardImage]:
         """Copies of this rank's part of the state, by kind of file."""
         if self.engine.is_replicated:
             pieces = list(owned_pieces(pieces, self.engine.rank, self.engine.world_size))
+        elif self.engine.rank:
+            pieces = [piece for piece in pieces if piece.kind != BUFFER]
         return self.snapshots.take([piece for piece in pieces if piece.values.numel()])
 
     def describe(self, progress: Progress) -> TrainingState:
@@ -153,7 +161,7 @@ class Checkpointer:
 
     def prepare(self) -> None:
         """Take the memory for snapshots now: fresh memory is slow, and no step should wait for it."""
-        self.snapshot(self.engine.local_state())
+        self.snapshot(self.local_state())
 
     def restore(self, start: Start) -> Progress:
         """Load the newest good checkpoint of `start`, the newest first.
@@ -219,6 +227,7 @@ class Checkpointer:
             progress = Progress.restored(state.counters)
             check_identity(folder, state, self.identity, self.config)
             check_ranks(folder, manifest, self.engine.world_size)
+            check_blocks(folder, manifest, self.engine.backend, self.engine.world_size)
             if state.counters.step != manifest.step:
                 raise CheckpointError(f"{folder}: its state is of step {state.counters.step}, not {manifest.step}")
             own = read_own(folder, manifest.world_size)
@@ -249,7 +258,7 @@ class Checkpointer:
 
     def load_tensors(self, folder: Path, manifest: Manifest) -> None:
         """Fill this rank's pieces, each from the ranges of whatever ranks wrote it. The ranks share out which files they hash."""
-        pieces = self.engine.local_state()
+        pieces = self.local_state()
         shapes = self.side.all_gather({piece.key: list(piece.shape) for piece in pieces})
         wanted = {key: shape for part in shapes for key, shape in part.items()}
         check_names(folder, wanted, manifest.tensors)

@@ -1,11 +1,11 @@
 """From a checkpoint of any backend to a model that plain transformers, or PEFT, opens. One CPU process, no training code.
 
-A fully trained model is written shard by shard, so that one shard is in memory at a time. An adapter is small; its base stays where it is.
+A fully trained model is written shard by shard, so that one shard is in memory at a time. The rest is small, and is opened on its base,
+which is loaded whole for that; for head and bitfit it is written too.
 Invariant: what was written has been opened again: no tensor is missing, empty or different.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,15 +18,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from trainer.backend import WEIGHT
 from trainer.checkpoint.manifest import TEMPLATE, Manifest, read_json, read_manifest
 from trainer.checkpoint.shards import ShardReader
+from trainer.checkpoint.snapshot import BUFFER
 from trainer.checkpoint.state import TrainingState, read_state
 from trainer.checkpoint.store import CHECKPOINTS, describe_damage, list_checkpoints, newest_good
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.model.architecture import load_architecture, load_tokenizer, meta_model
 from trainer.model.bottleneck import SETTINGS_FILE, insert_bottlenecks
-from trainer.model.export import ADAPTER_FILE, export_model, exported_tensors, load_exported, write_info
+from trainer.model.export import (
+    ADAPTER_FILE,
+    export_model,
+    exported_tensors,
+    load_exported,
+    saved_buffers,
+    write_info,
+)
 from trainer.model.identity import base_identity
 from trainer.model.load import load_weights
 from trainer.model.methods import METHODS
@@ -34,7 +43,8 @@ from trainer.run_folder import INFO_FILE
 
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
-WEIGHT = "weight/"
+STORED = (f"{WEIGHT}/", f"{BUFFER}/")
+"""What a model's files hold; no buffer has a parameter's name."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -63,9 +73,9 @@ def export_checkpoint(
     state = read_state(folder, manifest)
     config = read_settings(folder, manifest, state, trust_remote_code=trust_remote_code)
     reader = ShardReader(folder, [name for name in manifest.files if name.startswith("weights")])
-    shapes = {key.removeprefix(WEIGHT): shape for key, shape in manifest.tensors.items() if key.startswith(WEIGHT)}
+    shapes = {key.partition("/")[2]: shape for key, shape in manifest.tensors.items() if key.startswith(STORED)}
     for name, shape in shapes.items():
-        reader.check_tiling(WEIGHT + name, shape)
+        reader.check_tiling(key_of(reader, name), shape)
     info = read_json(folder / INFO_FILE)
     tokenizer = (
         AutoTokenizer.from_pretrained(folder) if "tokenizer.json" in manifest.files else load_tokenizer(config.model)
@@ -83,7 +93,7 @@ def export_checkpoint(
             model = trained_parts(config, folder, manifest, info.get("label_names", ()))
             tensors = dict(read_weights(reader, shapes))
             is_adapter = METHODS[config.method.name].is_adapter
-            whole = tensors if is_adapter else dict(model.named_parameters()) | tensors
+            whole = tensors if is_adapter else stored_tensors(model) | tensors
             export_model(model, whole, tokenizer, target, info)
             check_loaded(target, exported_tensors(model, tensors), config, state.identity.get("base"))
     except BaseException:
@@ -111,10 +121,10 @@ def read_settings(folder: Path, manifest: Manifest, state: TrainingState, *, tru
 
 
 def check_model(folder: Path, config: RunConfig, shapes: Mapping[str, list[int]]) -> None:
-    """CheckpointError unless the checkpoint holds every parameter of the model that its settings name, from shapes alone."""
+    """CheckpointError unless the checkpoint holds every tensor of the model that its settings name, from shapes alone."""
     remote = config.model.trust_remote_code
     model = meta_model(config.model, AutoConfig.from_pretrained(folder, trust_remote_code=remote))
-    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = {name: list(tensor.shape) for name, tensor in stored_tensors(model).items()}
     wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
     if wrong:
         raise CheckpointError(
@@ -139,9 +149,19 @@ def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_nam
 
 
 def read_weights(reader: ShardReader, shapes: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
-    """(parameter's name, whole fp32 tensor), one at a time."""
+    """(name, whole tensor), one at a time; parameters are fp32."""
     for name, shape in shapes.items():
-        yield name, reader.whole(WEIGHT + name).view(shape)
+        yield name, reader.whole(key_of(reader, name)).view(shape)
+
+
+def key_of(reader: ShardReader, name: str) -> str:
+    """The key of a parameter or buffer in a checkpoint."""
+    return next((prefix + name for prefix in STORED if prefix + name in reader.ranges), STORED[0] + name)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the model's files hold: its parameters and buffers."""
+    return dict(model.named_parameters()) | saved_buffers(model)
 
 
 def write_whole(
@@ -153,7 +173,7 @@ def write_whole(
     groups: list[dict[str, list[int]]] = [{}]
     size = 0
     for name, shape in shapes.items():
-        num_bytes = 4 * math.prod(shape)
+        num_bytes = sum(part.size for part in reader.ranges.get(key_of(reader, name), ()))
         if groups[-1] and size + num_bytes > shard_bytes:
             groups.append({})
             size = 0
@@ -165,7 +185,7 @@ def write_whole(
         save_file(dict(read_weights(reader, group)), target / file, metadata={"format": "pt"})
         places |= dict.fromkeys(group, file)
     if len(groups) > 1:
-        total = 4 * sum(math.prod(shape) for shape in shapes.values())
+        total = sum(part.size for name in shapes for part in reader.ranges.get(key_of(reader, name), ()))
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -184,8 +204,8 @@ def check_written(target: Path, reader: ShardReader, shapes: Mapping[str, list[i
 def check_loaded(target: Path, tensors: Mapping[str, Tensor], config: RunConfig, identity: str | None) -> None:
     """Open base and adapter as their user will. CheckpointError unless every trained tensor is there and equal."""
     model = load_exported(target, trust_remote_code=config.model.trust_remote_code)[0]
-    loaded = dict(model.named_parameters())
-    for name, parameter in loaded.items():
+    loaded = stored_tensors(model)
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in tensors)
     if base_identity(model) != identity:
         raise CheckpointError(

@@ -20,7 +20,18 @@ from trainer.checkpoint.direct import ALIGNMENT, read_chunks, write_direct
 from trainer.checkpoint.manifest import FileEntry
 from trainer.errors import CheckpointError
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 Layout = Sequence[tuple[str, torch.dtype, int]]
@@ -103,6 +114,11 @@ class Range:
     path: Path
     offset: int
     """Byte in the file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.length * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

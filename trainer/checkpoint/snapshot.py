@@ -7,9 +7,19 @@ fresh memory. On a GPU the images are pinned and all copies are in flight togeth
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
-from trainer.backend import Piece
+from trainer.backend import WEIGHT, Piece
 from trainer.checkpoint.shards import Layout, ShardImage, entry_key
+from trainer.model.export import saved_buffers
+
+BUFFER = "buffer"
+"""The kind of a tensor that belongs to the model and is not trained, such as BART's bias of the logits; whole on every rank."""
+
+
+def buffer_pieces(model: nn.Module) -> Iterator[Piece]:
+    """The buffers that belong to the model's files."""
+    return (Piece(BUFFER, name, tuple(buffer.shape), 0, buffer) for name, buffer in saved_buffers(model).items())
 
 
 class Snapshots:
@@ -21,8 +31,8 @@ class Snapshots:
     def take(self, pieces: Sequence[Piece]) -> dict[str, ShardImage]:
         """Images of this rank's `weights` and `optimizer` files. Local to the rank."""
         by_file = {
-            "weights": [piece for piece in pieces if piece.kind == "weight"],
-            "optimizer": [piece for piece in pieces if piece.kind != "weight"],
+            "weights": [piece for piece in pieces if piece.kind in (WEIGHT, BUFFER)],
+            "optimizer": [piece for piece in pieces if piece.kind not in (WEIGHT, BUFFER)],
         }
         on_gpu = any(piece.values.device.type != "cpu" for piece in pieces)
         for kind, members in by_file.items():

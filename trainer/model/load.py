@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.backend.request import read_request
@@ -63,6 +64,7 @@ def build_model(
     torch.manual_seed(config.train.seed)
     quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
     plain, new_names = load_weights(config.model, architecture, quantization)
+    check_no_batch_statistics(config.model.source, plain)
     if config.model.added_tokens is not None:
         before = load_tokenizer(config.model.model_copy(update={"added_tokens": None}))
         grow_embeddings(plain, before, read_tokens(config.model.added_tokens))
@@ -150,6 +152,16 @@ def check_loaded(
             f"model.source ({model.source}): its weights lack {share:.0%} of {type(loaded).__name__}'s encoder; they belong "
             "to another architecture; give matching weights, or model.init=random to train from scratch"
         )
+
+
+def check_no_batch_statistics(source: str, model: nn.Module) -> None:
+    """ConfigError for a layer that normalizes over the micro-batch: its step would depend on how the global batch is shared out."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"model.source ({source}): {name} ({type(module).__name__}) normalizes over the micro-batch, which differs with the number "
+                "of processes; give a model that normalizes each sample, as with LayerNorm"
+            )
 
 
 def new_encoder_modules(model: PreTrainedModel, new_names: Sequence[str]) -> tuple[str, ...]:
