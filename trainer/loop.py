@@ -228,6 +228,7 @@ class Trainer:
 
     def read_step(self, step: int) -> list[dict[str, Tensor]]:
         """The same, without noting it; runs in a thread, ahead of its step."""
+        fault_point("read", self.rank)
         shares = micro_batches(self.global_batch(step), self.rank, self.world_size, self.config.train.micro_batch_size)
         return [self.engine.pinned(self.task.training_batch(share)) for share in shares]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.backend import Engine
 from trainer.config import RunConfig
+from trainer.errors import SamestepError
 
 EXIT_CODE = 4
 GRACE_S = 3.0
@@ -38,10 +39,26 @@ class Watchdog:
             self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.ended.set()
         if self.thread.is_alive():
             self.thread.join()
+            is_error = kind is not None and issubclass(kind, Exception) and not issubclass(kind, SamestepError)
+            if is_error and self.world_size > 1:
+                self._name_who_failed()
+
+    def _name_who_failed(self) -> None:
+        """An error that only this rank may know, or that another rank's end caused: say which rank it began on, as reports tell."""
+        self._write_report()
+        time.sleep(GRACE_S)
+        reports = self._read_reports()
+        silent = sorted(set(range(self.world_size)) - set(reports))
+        failed = [] if silent else guilty_ranks(reports)
+        if silent:
+            print(no_sign_of(silent), file=sys.stderr, flush=True)
+        if len(failed) < self.world_size:
+            for rank in failed or [self.rank]:
+                print(f"watchdog: rank {rank} failed in: {reports[rank]['phase']}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         seen, since = -1, time.monotonic()
@@ -54,7 +71,7 @@ class Watchdog:
     def _end_job(self, silence_s: float) -> None:
         """Write this rank's report, wait for the others', say what is known, and end the process."""
         try:
-            self._write_report(silence_s)
+            self._write_report()
             time.sleep(GRACE_S)
             reports = self._read_reports()
             guilty = guilty_ranks(reports)
@@ -65,7 +82,7 @@ class Watchdog:
         finally:
             os._exit(EXIT_CODE)
 
-    def _write_report(self, silence_s: float) -> None:
+    def _write_report(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         heartbeat = self.heartbeat
         report = {"beats": heartbeat.num_main, "phase": heartbeat.phase, "is_writing": heartbeat.is_writing}
@@ -90,9 +107,7 @@ class Watchdog:
         silent = sorted(set(range(self.world_size)) - set(reports))
         lines = []
         if silent:
-            lines.append(
-                f"watchdog: no sign of rank(s) {', '.join(map(str, silent))}: dead, or on a machine that is gone"
-            )
+            lines.append(no_sign_of(silent))
         lines += [
             f"watchdog: rank {rank} has made no progress for {silence_s:.0f} s in: {reports[rank]['phase']}"
             for rank in (guilty if not silent else [])
@@ -105,6 +120,11 @@ class Watchdog:
                 lines.append(f"rank {self.rank} {name} at (most recent call last):\n{stack.rstrip()}")
         lines.append("the job ends now; the same command goes on from the newest checkpoint")
         return "\n".join(lines)
+
+
+def no_sign_of(ranks: list[int]) -> str:
+    """A line about ranks that left no report."""
+    return f"watchdog: no sign of rank(s) {', '.join(map(str, ranks))}: dead, or on a machine that is gone"
 
 
 def guilty_ranks(reports: dict[int, dict[str, Any]]) -> list[int]:

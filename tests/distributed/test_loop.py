@@ -1,10 +1,6 @@
-"""The loop on real ranks: when it stops, what it keeps, what it does about a loss that is not finite, and who writes."""
+"""The loop on real ranks: how long it trains, what it logs and keeps, and who writes."""
 
-import json
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distributed.loop_runs import (
+    STEPS_PER_EPOCH,
+    assert_reported,
+    fit_one,
+    lines_with,
+    make_config,
+    note_mode,
+    read_metrics,
+    ruin_after,
+    train,
+)
 from tests.rank_pool import run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
-from trainer.backend import build_accelerator
-from trainer.config import ClassificationData, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.errors import SamestepError
-from trainer.evaluate import evaluate_logits
-from trainer.loop import Trainer
-from trainer.loss import classification_loss_sum
-from trainer.model.load import build_model
-from trainer.stop import SIGNALS, STOP_FILE
-from trainer.task import build_task, targets
+from trainer.config import OptimConfig
 
 TRAIN_LINE = {"step", "epoch", "train/loss", "train/accuracy", "train/lr", "train/grad_norm", "samples_per_s"}
 MEASURES = {"loss", "accuracy", "precision", "recall", "f1", "count"}
-BATCH, STEPS_PER_EPOCH = 16, 7  # 112 of the 160 sentences are trained on
 
 
 @pytest.fixture(autouse=True)
@@ -45,156 +43,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_bert(folder / "model")
     tiny_sentences(folder / "data.csv", rows=160)
     return folder
-
-
-def make_config(root: Path, run_dir: Path, *, method: str = "lora", **train: Any) -> RunConfig:
-    """Without dropout, so that numbers can be compared; one line of metrics per step."""
-    length = {} if "num_epochs" in train else {"max_steps": 6}
-    return RunConfig(
-        name="loop",
-        run_dir=run_dir,
-        model=ModelConfig(source=str(root / "model"), dropout=0.0, attention_dropout=0.0, head_dropout=0.0),
-        method={"name": method},  # type: ignore[arg-type]
-        data=ClassificationData(source=str(root / "data.csv")),
-        optim=OptimConfig(peak_lr=1e-2),
-        train=TrainConfig(**({"global_batch_size": BATCH, "log_every": 1} | length | train)),
-    )
-
-
-Change = Callable[[Trainer], None]
-
-
-def train(runs: list[tuple[RunConfig, Change | None]]) -> list[dict[str, Any]]:
-    """One training after the other in one process group; runs on every rank. What this rank saw of each."""
-    accelerator = build_accelerator(runs[0][0])
-    handlers = [signal.getsignal(number) for number in SIGNALS]
-    seen = []
-    for config, change in runs:
-        task = build_task(config, accelerator)
-        model = build_model(config, task.label_names, accelerator)
-        accelerator.free_memory()
-        trainer = Trainer(config, accelerator, model, task)
-        written = writes_below(config.folder)
-        targets.classification_loss_sum = classification_loss_sum
-        if change is not None:
-            change(trainer)
-        error = None
-        try:
-            trainer.fit()
-        except SamestepError as raised:
-            error = f"{type(raised).__name__}: {raised}"
-        facts = {name: getattr(trainer.progress, name) for name in ("step", "best_step", "num_skipped")}
-        facts |= {"error": error, "written": list(written), "validation": task.data.validation}
-        facts |= {"restored": [signal.getsignal(number) for number in SIGNALS] == handlers}
-        seen.append(facts | getattr(trainer, "noted", {}))
-    return seen
-
-
-def writes_below(folder: Path) -> list[str]:
-    """A list that grows with what this process makes, opens for writing, renames or removes in `folder`."""
-    written: list[str] = []
-    changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate", "os.symlink"}
-
-    def notice(event: str, arguments: tuple[Any, ...]) -> None:
-        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (opened or event in changing) and str(arguments[0]).startswith(str(folder)):
-            written.append(f"{event} {arguments[0]}")
-
-    sys.addaudithook(notice)
-    return written
-
-
-def fit_one(config: RunConfig, change: Change | None = None, *, backend: str = "ddp", ranks: int = 2) -> list[Any]:
-    return [seen[0] for seen in run_ranks(train, backend, ranks, args=([(config, change)],))]
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def lines_with(key: str, run: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(run) if key in line]
-
-
-def assert_reported(run: Path) -> None:
-    """The run ended as a whole run ends."""
-    for name in ("config.yaml", "log.txt", "curves.png", "confusion.png", "summary.md", "model/samestep.json"):
-        assert (run / name).stat().st_size > 0, name
-    assert {path.name for path in run.iterdir() if path.name.startswith(".")} == set()
-    assert read_metrics(run)[-1]["test/count"] == 24
-
-
-# Changes of a live trainer, on every rank
-
-
-def after_step(number: int, act: Callable[[Trainer], None], trainer: Trainer) -> None:
-    """Call `act` once, when this rank has taken step `number`."""
-    take_step = trainer.train_step
-
-    def step_and_act() -> None:
-        take_step()
-        if trainer.progress.step == number:
-            act(trainer)
-
-    trainer.train_step = step_and_act  # type: ignore[method-assign]
-
-
-def note_mode(trainer: Trainer) -> None:
-    """Note for each step whether dropout would act in it."""
-    loss_sum = trainer.loss_sum
-    trainer.noted = {"modes": []}  # type: ignore[attr-defined]
-
-    def and_note(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        trainer.noted["modes"].append(all(module.training for module in trainer.engine.model.modules()))  # type: ignore[attr-defined]
-        return loss_sum(batch)
-
-    trainer.loss_sum = and_note  # type: ignore[method-assign]
-
-
-def signal_last_rank(number: signal.Signals, trainer: Trainer) -> None:
-    if trainer.rank == trainer.world_size - 1:
-        os.kill(os.getpid(), number)
-
-
-def touch_stop_file(trainer: Trainer) -> None:
-    if trainer.rank == 0:
-        (trainer.config.folder / STOP_FILE).touch()
-
-
-def spoil(factor: float, offset: float, steps: range, trainer: Trainer) -> None:
-    """Make the loss of these 1-based steps `factor * loss + offset` on the last rank; note the weights after each step."""
-    take_step = trainer.train_step
-    trainer.noted = {"weights": []}  # type: ignore[attr-defined]
-
-    def spoilt(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hit = trainer.rank == trainer.world_size - 1 and trainer.progress.step + 1 in steps
-        loss = classification_loss_sum(logits, labels)
-        return loss * factor + offset if hit else loss
-
-    def step_and_note() -> None:
-        take_step()
-        weights = [tensor.cpu().numpy().ravel().copy() for _, tensor in trainer.engine.weights(trainable_only=True)]
-        trainer.noted["weights"].append(np.concatenate(weights))  # type: ignore[attr-defined]
-
-    targets.classification_loss_sum = spoilt  # in this process until the next training
-    trainer.train_step = step_and_note  # type: ignore[method-assign]
-
-
-def ruin_after(number: int, trainer: Trainer) -> None:
-    """A learning rate that ruins the weights after 1-based step `number`; note what the engine predicted at the best step."""
-    trainer.lr_of_step = lambda step: 1e-2 if step < number else 1.0  # type: ignore[method-assign]
-    evaluate_and_keep_best = trainer.evaluate_and_keep_best
-    trainer.noted = {}  # type: ignore[attr-defined]
-
-    def and_note() -> None:
-        evaluate_and_keep_best()
-        if trainer.progress.best_step == trainer.progress.step:
-            engine, split = trainer.engine, trainer.task.data.validation
-            engine.model.eval()
-            trainer.noted["logits"] = evaluate_logits(engine.forward, trainer.task.data, split, engine, batch_size=5)  # type: ignore[attr-defined]
-            engine.model.train()
-
-    trainer.evaluate_and_keep_best = and_note  # type: ignore[method-assign]
 
 
 # How long
@@ -321,92 +169,6 @@ def test_plain_libraries_open_the_best_step_and_predict_what_the_engine_predicte
     loss = float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), labels))
     assert loss == pytest.approx(evaluations[best]["eval/loss"], rel=1e-5)
     assert (logits.argmax(1) == labels.numpy()).mean() == pytest.approx(evaluations[best]["eval/accuracy"])
-
-
-# A request to stop
-
-
-def test_a_request_to_stop_ends_all_ranks_at_one_step_with_a_checkpoint(root: Path, tmp_path: Path) -> None:
-    asked: dict[str, Callable[[Trainer], None]] = {
-        "file": touch_stop_file,
-        "usr1": partial(signal_last_rank, signal.SIGUSR1),
-        "term": partial(signal_last_rank, signal.SIGTERM),
-    }
-    runs = [
-        (make_config(root, tmp_path / name, max_steps=50, eval_every=50), partial(after_step, 3, act))
-        for name, act in asked.items()
-    ]
-    for number, by_rank in enumerate(zip(*run_ranks(train, "ddp", args=(runs,)), strict=True)):
-        run = runs[number][0].folder
-        assert [facts["step"] for facts in by_rank] == [4, 4], (
-            run.name
-        )  # the flags are summed with the next step's targets
-        assert all(facts["restored"] and facts["error"] is None for facts in by_rank)
-        assert [
-            line["step"] for line in lines_with("eval/loss", run)
-        ] == []  # the machine may be about to be taken away
-        assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000004"]
-        assert json.loads((run / "outcome.json").read_text()) == {"outcome": "stopped", "step": 4}
-        assert "stopped on request after step 4" in (run / "log.txt").read_text(encoding="utf-8")
-        assert not (run / STOP_FILE).exists()
-
-
-@pytest.mark.parametrize("backend", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_a_signal_to_one_rank_stops_sharded_backends_too(backend: str, root: Path, tmp_path: Path) -> None:
-    config = make_config(root, tmp_path / "run", max_steps=50, eval_every=2)
-    change = partial(after_step, 2, partial(signal_last_rank, signal.SIGUSR1))
-    assert [facts["step"] for facts in fit_one(config, change, backend=backend)] == [3, 3]
-    assert "step-00000003" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-
-
-# A loss that is not finite
-
-SPOILT = {"nan": (float("nan"), 0.0), "inf": (float("inf"), 0.0)}
-
-
-def test_a_nonfinite_loss_on_one_rank_raises_on_all_ranks_with_the_step(root: Path, tmp_path: Path) -> None:
-    runs = [
-        (make_config(root, tmp_path / name), partial(spoil, factor, offset, range(3, 4)))
-        for name, (factor, offset) in SPOILT.items()
-    ]
-    for seen in run_ranks(train, "ddp", args=(runs,)):
-        for facts in seen:
-            assert facts["error"].startswith("DivergedError: step 3: ")
-            assert "train.on_nonfinite=skip" in facts["error"]
-            assert facts["restored"]
-    for config, _ in runs:
-        assert [line["step"] for line in lines_with("train/loss", config.folder)] == [1, 2]
-
-
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_skip_leaves_the_step_out_on_all_ranks(backend: str, root: Path, tmp_path: Path) -> None:
-    config = make_config(root, tmp_path / "run", on_nonfinite="skip")
-    for facts in fit_one(config, partial(spoil, *SPOILT["nan"], range(3, 4)), backend=backend):
-        assert (facts["error"], facts["num_skipped"], facts["step"]) == (None, 1, 6)
-        moved = [not np.array_equal(one, two) for one, two in zip(facts["weights"], facts["weights"][1:], strict=False)]
-        assert moved == [True, False, True, True, False]  # of steps 2 to 6; the last one's rate is 0
-        assert np.isfinite(facts["weights"][-1]).all()
-    lines = lines_with("train/loss", tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 4, 5, 6]  # no loss of 0.0 for a step that has none
-    assert "| skipped steps | 1 |" in (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
-
-
-def test_more_skipped_steps_than_allowed_raise_on_all_ranks(root: Path, tmp_path: Path) -> None:
-    config = make_config(root, tmp_path / "run", on_nonfinite="skip", max_skipped_steps=2)
-    for facts in fit_one(config, partial(spoil, *SPOILT["nan"], range(2, 100))):
-        assert facts["error"].startswith("DivergedError: step 4: ")
-        assert "train.max_skipped_steps (2)" in facts["error"]
-
-
-def test_an_infinite_loss_with_a_finite_gradient_is_not_finite_either(root: Path, tmp_path: Path) -> None:
-    for facts in fit_one(make_config(root, tmp_path / "run"), partial(spoil, 1.0, float("inf"), range(3, 4))):
-        assert (facts["error"] or "").startswith("DivergedError: step 3: ")
-
-
-def test_the_logged_loss_leaves_skipped_steps_out(root: Path, tmp_path: Path) -> None:
-    config = make_config(root, tmp_path / "run", on_nonfinite="skip", log_every=6)
-    fit_one(config, partial(spoil, *SPOILT["nan"], range(3, 4)))
-    assert [line["train/loss"] is not None for line in lines_with("train/loss", tmp_path / "run")] == [True]
 
 
 # A mistake that rank 0 alone can see
