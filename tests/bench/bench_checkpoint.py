@@ -6,18 +6,20 @@
 In one run and one process group: 30 steps with one save by samestep in the 10th; the same state by `accelerator.save_state`, which
 training waits for; by `torch.save`, without sharding or optimizer names; then samestep's restore, verification included, and
 `load_state`, both from files that are not in the page cache, as after a restart.
-stall: longest step minus the median step. total: wall time of the 30 steps minus 30 median steps. published: from the call to the rename.
+save(): until training continues. stall: longest step minus the median step. total: wall time of the 30 steps minus 30 median steps.
+published: from the call to the rename. memory: what the copy keeps, part of it free heap before, and what a save adds meanwhile.
 The last line is one JSON object of ratios to save_state and load_state: of each the worse backend, the median over rounds.
 """
 
 import argparse
 import os
-import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,6 @@ from trainer.checkpoint.store import list_checkpoints
 from trainer.config import RunConfig, TrainConfig
 from trainer.progress import Progress
 
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**33),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(2**30),
-}
-"""glibc keeps what it was given: FSDP's gathers else get fresh pages in every step, whose price varies more than a save costs."""
 STEPS, SAVE_AT, TOKENS, VOCABULARY = 30, 10, 48, 49152
 Round = dict[str, float]
 
@@ -58,7 +54,6 @@ def main() -> None:
         "--folder", type=Path, default=None, help="where checkpoints are written (default: a temporary folder)"
     )
     asked = parser.parse_args()
-    os.environ.update(KEEP_MEMORY)
     start_ranks_quietly()
     rounds: dict[str, list[Round]] = {}
     for backend in ("fsdp", "ddp"):
@@ -110,10 +105,13 @@ def measure(folder: Path, num_layers: int, num_rounds: int) -> list[Round]:
     engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
     checkpoints = Checkpointer(config, engine, identity={"base": None, "data": "random"})
     checkpoints.clean()
-    checkpoints.prepare()
     for _ in range(3):
         take_step(engine)
-    return [one_round(number, folder, accelerator, engine, checkpoints) for number in range(num_rounds)]
+    before = resident_bytes()
+    checkpoints.prepare()  # takes what a save needs, so that the copy itself gets no new memory
+    snapshot = max(resident_bytes() - before, sum(image.size for image in checkpoints.snapshots.images.values()))
+    rounds = [one_round(number, folder, accelerator, engine, checkpoints) for number in range(num_rounds)]
+    return [one | {"memory of the snapshot of rank 0, MiB": snapshot / 2**20} for one in rounds]
 
 
 def take_step(engine: Engine) -> None:
@@ -127,21 +125,24 @@ def take_step(engine: Engine) -> None:
 
 def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, checkpoints: Checkpointer) -> Round:
     """Train with a save, save otherwise, restore, load."""
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps: list[float] = []
     published: list[float] = []
-    for step in range(STEPS):
-        started = time.perf_counter()
-        if step == SAVE_AT:
-            checkpoints.save(Progress(step=number + 1), {}, metric=None)
-            pending, saved_at = checkpoints.saver.pending, started
-            assert pending is not None
-            pending.add_done_callback(lambda _: published.append(time.perf_counter()))
-        take_step(engine)
-        steps.append(time.perf_counter() - started)
+    with sampled_memory() as memory:
+        for step in range(STEPS):
+            started = time.perf_counter()
+            if step == SAVE_AT:
+                before, memory.peak = memory.peak, 0.0  # of the steps without a save
+                checkpoints.save(Progress(step=number + 1), {}, metric=None)
+                save_s = time.perf_counter() - started
+                pending, saved_at = checkpoints.saver.pending, started
+                assert pending is not None
+                pending.add_done_callback(lambda _: published.append(time.perf_counter()))
+            take_step(engine)
+            steps.append(time.perf_counter() - started)
+    assert published, "the save outlived the steps, and `total` would leave out what remains of it"
     checkpoints.wait()
     median = statistics.median(steps)
-    extra_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
+    longest = max(range(STEPS), key=steps.__getitem__)
     other = folder / f"save-state-{number}"
     dist.barrier()
     save_state_s = timed(lambda: accelerator.save_state(str(other)))
@@ -152,6 +153,8 @@ def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, check
     load_state_s = timed(lambda: accelerator.load_state(str(other)))
     return {
         "median step_s": median,
+        "save() itself_s": save_s,
+        "longest step is that many after the save": longest - SAVE_AT,
         "stall_s": max(steps) - median,
         "total_s": sum(steps) - STEPS * median,
         "published_s": published[0] - saved_at,
@@ -161,8 +164,37 @@ def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, check
         "load_state_s": load_state_s,
         "bytes": size_of(newest),
         "save_state_bytes": size_of(other),
-        "extra memory of rank 0, MiB": extra_mib,
+        "further memory while saving, rank 0, MiB": (memory.peak - before) / 2**20,
     }
+
+
+class Memory:
+    """The most that this process had resident, since `peak` was last set."""
+
+    peak = 0.0
+
+
+@contextmanager
+def sampled_memory() -> Iterator[Memory]:
+    """Looks every 20 ms; the kernel's own high-water mark never falls, and hides what comes after a larger moment."""
+    memory, ended = Memory(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            memory.peak = max(memory.peak, resident_bytes())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        ended.set()
+        thread.join()
+
+
+def resident_bytes() -> float:
+    """Memory of this process that is in use now."""
+    return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def forget(folders: tuple[Path, ...]) -> None:
