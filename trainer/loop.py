@@ -38,7 +38,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, model: nn.Module, task: Task) -> None:
         self.config, self.accelerator, self.task = config, accelerator, task
-        identity = {"base": base_identity(model), **task.identity()}
+        self.identity = {"base": base_identity(model), **task.identity()}
         optimizer = build_optimizer(model, config, fused=accelerator.device.type in ("cpu", "cuda"))
         self.engine = build_engine(accelerator, model, optimizer)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
@@ -48,8 +48,7 @@ class Trainer:
         self.metric: float | None = None  # of the last evaluation
         self.returned_to = -1  # by the last rollback
         self.stop: StopRequest | None = None
-        self.identity = identity
-        self.checkpoints = Checkpointer(config, self.engine, identity=identity)
+        self.checkpoints = Checkpointer(config, self.engine, identity=self.identity)
         self.prefetch = Prefetch(self.read_step)
 
     # When
@@ -297,7 +296,5 @@ class Trainer:
         if self.checkpoints.saved_step != progress.step:
             self.save()
         self.checkpoints.wait()
-        if stopped:
-            self.output.stopped(progress)
-        else:
-            self.output.report(progress)
+        end = self.output.stopped if stopped else self.output.report
+        end(progress)

@@ -1,6 +1,7 @@
 """What the tests of resuming share: a small training with dropout on real ranks, started, killed, started again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         note_steps(trainer, facts)
         trainer.fit()
         facts["step"] = trainer.progress.step
+        facts["num_buckets"] = count_buckets(trainer.engine.model)
         facts["counters"] = vars(trainer.progress.counters())
         facts["weights"] = {
             name: tensor.detach().cpu().numpy().copy() for name, tensor in trainer.engine.weights(trainable_only=True)
@@ -52,6 +54,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     except (SamestepError, AlreadyFinished) as error:
         facts["error"] = f"{type(error).__name__}: {error}"
     return facts
+
+
+def count_buckets(model: Any) -> int:
+    """Into how many parts a gradient is cut for its reduction over ranks: those of DDP, or as many as DeepSpeed's bucket size makes."""
+    if hasattr(model, "_get_ddp_logging_data"):
+        return len(model._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))  # from the second step on
+    size = getattr(getattr(model, "optimizer", None), "reduce_bucket_size", None)
+    return 1 if size is None else -(-sum(p.numel() for p in model.parameters()) // int(size))
 
 
 def note_steps(trainer: Trainer, facts: dict[str, Any]) -> None:
@@ -76,11 +86,13 @@ def note_steps(trainer: Trainer, facts: dict[str, Any]) -> None:
     trainer.train_step = and_note  # type: ignore[method-assign]
 
 
-def start(config: RunConfig, backend: str, ranks: int, fault: str = "") -> list[dict[str, Any]] | None:
+def start(
+    config: RunConfig, backend: str, ranks: int, fault: str = "", *, body: Callable[[RunConfig], Any] = train
+) -> list[dict[str, Any]] | None:
     """Start the run; None where a fault killed it."""
     environ = {"SAMESTEP_FAULT": fault} if fault else {}
     try:
-        return run_ranks(train, backend, ranks, args=(config,), environ=environ)
+        return run_ranks(body, backend, ranks, args=(config,), environ=environ)
     except AssertionError as error:
         if fault and "died or timed out" in str(error):
             return None

@@ -114,16 +114,23 @@ def test_adapters_and_heads_continue_bit_for_bit_after_a_stop_request(
     assert_went_on(config.folder, start(config, backend, 2), whole, first=5)
 
 
-def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(root: Path, tmp_path: Path) -> None:
+CHAINS = {
+    "full": [("fsdp", 2), ("single", 1), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("single", 1)],
+    "lora": [("fsdp", 2), ("ddp", 3), ("zero2", 2), ("single", 1)],
+}
+
+
+@pytest.mark.parametrize("method", CHAINS)
+def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(method: str, root: Path, tmp_path: Path) -> None:
     quiet = {"dropout": 0.0, "attention_dropout": 0.0, "head_dropout": 0.0}
 
     def config(run: str) -> Any:
-        plain = make_config(root, tmp_path / run, max_steps=12)
+        plain = make_config(root, tmp_path / run, max_steps=12, method=method)
         return plain.model_copy(update={"model": plain.model.model_copy(update=quiet)})
 
     whole = start(config("whole"), "single", 1)
     assert whole is not None
-    chain = [("fsdp", 2), ("single", 1), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("single", 1)]
+    chain = CHAINS[method]
     losses: dict[int, float] = {}
     for number, (backend, ranks) in enumerate(chain):
         fault = "" if number == len(chain) - 1 else "step@0:2:usr1"  # each but the last takes two steps
@@ -134,7 +141,7 @@ def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(root: Path, 
             assert seen[0]["ids"][step] == whole[0]["ids"][step]
     assert losses == pytest.approx(whole[0]["losses"], rel=1e-5)
     log = (tmp_path / "chain" / "log.txt").read_text(encoding="utf-8")
-    assert "saved by fsdp on 2, continued by single on 1" in log
+    assert f"saved by fsdp on 2, continued by {chain[1][0]} on {chain[1][1]}" in log
     assert "dropout draws anew from (seed, step, rank)" in log
 
 
@@ -229,7 +236,11 @@ def test_stop_requests_that_come_twice_and_during_a_save_stop_once(root: Path, t
     stopped = start(config, "ddp", 2, fault="save.weights@1:1:usr1,save.rank@1:1:usr1,save.agreed:1:usr1")
     assert stopped is not None
     (step,) = {facts["step"] for facts in stopped}
-    assert step in (3, 4)  # the flag is summed in the step after the one that was saved
+    assert step in (
+        3,
+        4,
+        5,
+    )  # the flag is summed in a later step, but the save of step 4 waits for the one that raised it
     assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=step)
 
 

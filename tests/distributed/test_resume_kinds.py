@@ -1,0 +1,65 @@
+"""Killed and started again, bit for bit: gradients in several buckets, whose order decides how ranks add, and adapters with dropout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start, train
+from tests.tiny import tiny_bert, tiny_sentences
+from trainer.backend import wrap
+from trainer.config import RunConfig
+
+BUCKETS = [("ddp", 3), ("zero2", 2), *[pytest.param(b, 2, marks=pytest.mark.slow) for b in ("zero1", "zero3")]]
+ADAPTERS = [
+    *[("ddp", 3), ("zero3", 2)],
+    *[pytest.param(b, 3, marks=pytest.mark.slow) for b in ("fsdp", "zero1", "zero2", "zero3")],
+    pytest.param("single", 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kinds")
+    tiny_bert(folder / "model", hidden_size=256)
+    tiny_sentences(folder / "data.csv", rows=160)
+    return folder
+
+
+def train_in_buckets(config: RunConfig) -> dict[str, Any]:
+    """As `train`, with DeepSpeed's buckets smaller than this model; DDP's first one, of 1 MiB, is smaller anyway."""
+    wrap.MAX_BUCKET_ELEMENTS = 400_000
+    return train(config)
+
+
+def assert_killed_run_equals_whole(root: Path, folder: Path, backend: str, ranks: int, method: str) -> list[Any]:
+    """Train without end, and killed in the sixth step on the last rank and started again. What the ranks saw."""
+    settings = {"method": method, "eval_every": NUM_STEPS, "log_every": 1}
+    whole = start(make_config(root, folder / "whole", **settings), backend, ranks, body=train_in_buckets)
+    config = make_config(root, folder / "killed", **settings)
+    assert start(config, backend, ranks, fault=f"step@{ranks - 1}:6", body=train_in_buckets) is None
+    seen = start(config, backend, ranks, body=train_in_buckets)
+    assert whole is not None
+    assert seen is not None
+    for facts, expected in zip(seen, whole, strict=True):
+        assert (facts["error"], expected["error"]) == (None, None)
+        assert min(facts["losses"]) in (2, 4)  # the newest checkpoint was found
+        assert same_weights(facts, expected)
+        assert facts["counters"] == expected["counters"]
+    assert metrics_of(config.folder) == metrics_of(folder / "whole")
+    return seen
+
+
+@pytest.mark.parametrize(("backend", "ranks"), BUCKETS)
+def test_gradients_in_several_buckets_continue_bit_for_bit(
+    backend: str, ranks: int, root: Path, tmp_path: Path
+) -> None:
+    seen = assert_killed_run_equals_whole(root, tmp_path, backend, ranks, "full")
+    assert all(facts["num_buckets"] > 1 for facts in seen)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), ADAPTERS)
+def test_adapters_with_dropout_continue_bit_for_bit_after_a_kill(
+    backend: str, ranks: int, root: Path, tmp_path: Path
+) -> None:
+    assert_killed_run_equals_whole(root, tmp_path, backend, ranks, "lora")
