@@ -114,16 +114,17 @@ def test_adapters_and_heads_continue_bit_for_bit_after_a_stop_request(
     assert_went_on(config.folder, start(config, backend, 2), whole, first=5)
 
 
-def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", pytest.param("qlora", marks=pytest.mark.slow)])
+def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(method: str, root: Path, tmp_path: Path) -> None:
     quiet = {"dropout": 0.0, "attention_dropout": 0.0, "head_dropout": 0.0}
 
     def config(run: str) -> Any:
-        plain = make_config(root, tmp_path / run, max_steps=12)
+        plain = make_config(root, tmp_path / run, method=method, max_steps=14)
         return plain.model_copy(update={"model": plain.model.model_copy(update=quiet)})
 
     whole = start(config("whole"), "single", 1)
     assert whole is not None
-    chain = [("fsdp", 2), ("single", 1), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("single", 1)]
+    chain = [("fsdp", 2), ("single", 1), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("zero2", 2), ("single", 1)]
     losses: dict[int, float] = {}
     for number, (backend, ranks) in enumerate(chain):
         fault = "" if number == len(chain) - 1 else "step@0:2:usr1"  # each but the last takes two steps
