@@ -61,7 +61,12 @@ def losses_of_single(root: Path, quantize: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("backend", "precision", "quantize"),
-    [("fsdp", "no", "nf4"), ("zero3", "no", "fp4"), ("fsdp", "bf16", "fp4"), ("zero3", "bf16", "nf4")],
+    [
+        ("fsdp", "no", "nf4"),
+        ("zero3", "no", "fp4"),
+        pytest.param("fsdp", "bf16", "fp4", marks=pytest.mark.slow),
+        pytest.param("zero3", "bf16", "nf4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_language_model_in_four_bits_learns_as_on_one_process(
     backend: str, precision: str, quantize: str, root: Path, tmp_path: Path

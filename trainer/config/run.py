@@ -268,11 +268,6 @@ class RunConfig(Section):
         return self.train.metric or next((name for name in usual if name in self.metrics), "loss")
 
     @property
-    def num_virtual_tokens(self) -> int:
-        """Positions that the method takes before every row."""
-        return int(getattr(self.method, "num_virtual_tokens", 0))
-
-    @property
     def isolates_documents(self) -> bool:
         """Whether rows hold documents that do not see each other."""
         data = self.data

@@ -136,7 +136,7 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
         pair=pair,
         source=config.model.source,
         positions=positions,
-        virtual_tokens=config.num_virtual_tokens,
+        virtual_tokens=getattr(config.method, "num_virtual_tokens", 0),
     )
     train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
     test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split

@@ -34,7 +34,7 @@ from trainer.model.architecture import (
     model_location,
 )
 from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
-from trainer.model.identity import base_identity, files_identity
+from trainer.model.identity import files_identity, identity_below
 from trainer.model.load import load_weights, quantization_of
 from trainer.run_folder import ADAPTER_FILE, INFO_FILE, read_info
 
@@ -274,17 +274,6 @@ def put_peft_adapter(model: Any, folder: Path, name: str) -> nn.Module:
             f"{folder}: the exported weights lack a part of the adapter; export it again"
         )  # PEFT only warns
     return cast(nn.Module, model)
-
-
-def identity_below(model: nn.Module) -> str | None:
-    """Digest of the base under an adapter, as it was while the adapter was trained; leaves all weights frozen."""
-    adapters = getattr(model, "peft_config", {})
-    for name, parameter in model.named_parameters():
-        if adapters:  # whose names stand in those of all their tensors
-            parameter.requires_grad_(not adapters.keys().isdisjoint(name.split(".")))
-    identity = base_identity(model)
-    model.requires_grad_(False)
-    return identity
 
 
 def load_base(info: Mapping[str, Any], *, trust_remote_code: bool) -> PreTrainedModel:

@@ -40,6 +40,17 @@ def base_identity(model: nn.Module) -> str | None:
     return digest.hexdigest() if num_frozen else None
 
 
+def identity_below(model: nn.Module) -> str | None:
+    """Digest of the base under an adapter, as it was while the adapter was trained; leaves all weights frozen."""
+    adapters = getattr(model, "peft_config", {})
+    for name, parameter in model.named_parameters():
+        if adapters:  # whose names stand in those of all their tensors
+            parameter.requires_grad_(not adapters.keys().isdisjoint(name.split(".")))
+    identity = base_identity(model)
+    model.requires_grad_(False)
+    return identity
+
+
 def note_files(model: nn.Module, location: str) -> None:
     """Make the digest of its files the identity of a quantized model. In place."""
     cast(Any, model).files_identity = files_identity(location)

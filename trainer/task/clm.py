@@ -210,7 +210,7 @@ def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
 def check_positions(config: RunConfig, sequence_length: int, *, setting: str = "data.sequence_length") -> None:
     """ConfigError for rows that are longer than the model's positions. setting: where their length stands."""
     positions = getattr(load_architecture(config.model, ()), "max_position_embeddings", None)
-    virtual = config.num_virtual_tokens
+    virtual = getattr(config.method, "num_virtual_tokens", 0)
     if positions is not None and 0 < positions < sequence_length + virtual:  # XLNet says -1: it has no limit
         less = f" less method.num_virtual_tokens ({virtual})" if virtual else ""
         raise ConfigError(
