@@ -3,6 +3,7 @@
 Exit codes: 0 fine, 1 the merged model is another model (compare), 2 a mistake in the command.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.predict_adapters import named_runs
 from trainer.errors import CheckpointError, ConfigError, SamestepError
 from trainer.quiet import quiet_libraries
-from trainer.run_folder import INFO_FILE, MODEL_FOLDER
+from trainer.run_folder import ADAPTER_FILE, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from trainer.model.adapters import Difference
@@ -24,6 +26,8 @@ Into = Annotated[
     str | None,
     typer.Option(help="base, or dequantized: a quantized base as the adapter knew it, the default where there is one."),
 ]
+EVALUATED_AT_ONCE = 512
+"""Samples that all adapters answer before the next ones are looked at."""
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code shipped with the base model.")]
 
 
@@ -37,24 +41,30 @@ def list_command(
     """
     quiet_libraries()
     from trainer.model.adapters import adapter_facts, find_adapter
+    from trainer.model.bottleneck import SETTINGS_FILE
 
     if not runs.is_dir():
         raise CheckpointError(f"FOLDER ({runs}) is no folder; give the one that holds your runs")
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "method", "parameters", "size", "step", "base"):
         table.add_column(heading, justify="right" if heading in ("parameters", "size", "step") else "left")
-    for run in sorted(path.parent.parent for path in runs.glob(f"*/{MODEL_FOLDER}/{INFO_FILE}")):
+    damaged = []
+    files = [file for name in (ADAPTER_FILE, SETTINGS_FILE) for file in runs.glob(f"*/{MODEL_FOLDER}/{name}")]
+    for run in sorted(file.parent.parent for file in files):
         try:
             facts = adapter_facts(*find_adapter(run))
-        except SamestepError:
-            continue  # a run that exported a whole model
+        except SamestepError as error:
+            damaged.append(f"{run.name}: left out: {error}")
+            continue
         size = f"{facts['num_bytes'] / 1e6:,.2f} MB"
         table.add_row(
             run.name, facts["method"], f"{facts['num_parameters']:,}", size, str(facts["step"]), facts["base"]
         )
-    if not table.row_count:
+    if not files:
         raise CheckpointError(f"FOLDER ({runs}) holds no run that exported an adapter; give another folder")
     Console(soft_wrap=True, highlight=False).print(table)
+    for words in damaged:
+        print(words, file=sys.stderr)
 
 
 @adapter_app.command()
@@ -82,14 +92,16 @@ def inspect(run: Run) -> None:
 @adapter_app.command()
 def merge(
     run: Run,
-    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where to write it; must not exist.")],
     *,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FOLDER", help="Must not exist; RUN/merged if left out.")
+    ] = None,
     into: Into = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write base and adapter as one model that plain transformers opens; it is opened again and compared.
 
-    Example: samestep adapter merge runs/lora_sst2 --output lora_sst2_merged
+    Example: samestep adapter merge runs/lora_sst2
     """
     quiet_libraries()
     from trainer.model.adapters import find_adapter
@@ -97,8 +109,9 @@ def merge(
 
     folder, info = find_adapter(run)
     chosen = choose_into(into, info)
-    merge_adapter(folder, info, chosen, output, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
-    print(f"merged {folder} into its {'base' if chosen == 'base' else 'dequantized base'}: {output}, opened again")
+    target = output if output is not None else run / "merged"
+    merge_adapter(folder, info, chosen, target, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    print(f"merged {folder} into its {'base' if chosen == 'base' else 'dequantized base'}: {target}, opened again")
     if info.get("quantization"):
         print(f"see what it changed: samestep adapter compare {run}")
 
@@ -116,12 +129,18 @@ def compare(
     Example: samestep adapter compare runs/lora_sst2 --num-texts 100
     """
     quiet_libraries()
+    from trainer.model.adapters import COMPARED, find_adapter, merged
     from trainer.model.adapters import compare as compare_models
-    from trainer.model.adapters import find_adapter, merged
     from trainer.model.export import load_exported
 
     folder, info = find_adapter(run)
-    texts = read_texts(text, str(info.get("task", "classification")), num_texts)
+    task = str(info.get("task", "classification"))
+    if task not in COMPARED:
+        raise ConfigError(
+            f"RUN ({run}) is of task {task}, and compare takes one distribution a text or a token, of {', '.join(COMPARED)}; "
+            "merge it, and compare the metrics of your own data"
+        )
+    texts = read_texts(text, task, num_texts)
     model, tokenizer, _ = load_exported(folder, trust_remote_code=trust_remote_code)
     rows = {}
     for into in ("dequantized", "base") if info.get("quantization") else ("base",):
@@ -144,22 +163,21 @@ def evaluate(
     from trainer.predict.adapters import AdapterPredictor
     from trainer.predict.kinds import Prediction
 
-    paths = {Path(run).name: Path(run) for run in runs.split(",") if run}
-    if len(paths) < len(runs.split(",")):
-        raise ConfigError(f"RUN,RUN ({runs}): must be runs with different names, separated by commas")
+    paths = named_runs([run for run in runs.split(",") if run], "RUN,RUN")
     texts, labels = held_out_samples(next(iter(paths.values())))
-    predictor = AdapterPredictor(paths)
-    requests = [(text, name) for text in texts for name in paths]
-    answers = predictor.predict(requests)
+    predictor, correct = AdapterPredictor(paths), dict.fromkeys(paths, 0)
+    for start in range(0, len(texts), EVALUATED_AT_ONCE):
+        samples = list(zip(texts, labels, strict=True))[start : start + EVALUATED_AT_ONCE]
+        answers = iter(predictor.predict([(text, name) for text, _ in samples for name in paths]))
+        for _, label in samples:
+            for name in paths:
+                answer = next(answers)
+                correct[name] += isinstance(answer, Prediction) and answer.label == label
     table = Table(box=None, pad_edge=False)
     for heading in ("adapter", "accuracy", "examples"):
         table.add_column(heading, justify="left" if heading == "adapter" else "right")
-    for number, name in enumerate(paths):
-        mine = answers[number :: len(paths)]
-        correct = sum(
-            isinstance(answer, Prediction) and answer.label == label for answer, label in zip(mine, labels, strict=True)
-        )
-        table.add_row(name, f"{correct / len(labels):.4f}", f"{len(labels):,}")
+    for name in paths:
+        table.add_row(name, f"{correct[name] / len(labels):.4f}", f"{len(labels):,}")
     Console(soft_wrap=True, highlight=False).print(table)
 
 

@@ -144,6 +144,8 @@ def methods(
     from launch.methods import methods_command
 
     layers = tuple(words_of(targets)) if targets is not None else None
+    if layers == ():
+        raise ConfigError(f"--targets ({targets}): names no layer; give some, separated by commas, or leave it out")
     chosen = steps if measure else None
     raise typer.Exit(methods_command(model, task=task, rank=rank, targets=layers, chart=chart, measure_steps=chosen))
 

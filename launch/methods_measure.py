@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import LowRank, MethodConfig
+from trainer.errors import ConfigError
 from trainer.quiet import quiet_libraries
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "lora_sst2.py"
@@ -97,13 +98,15 @@ def in_process(body: Any, argument: Any) -> Any:
 
 
 def train(argv: list[str]) -> int:
-    """Run the recipe; bytes of its peak memory. Its own words come with an error."""
+    """Run the recipe; bytes of its peak memory. ConfigError with its own words where it fails."""
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     done = subprocess.run(
         [sys.executable, *argv], env=os.environ | threads, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+        raise ConfigError(
+            f"the training {' '.join(argv[1:])} failed with exit code {done.returncode}:\n{done.stderr[-2000:].strip()}"
+        )
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 

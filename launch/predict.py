@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError, DataError
 from trainer.quiet import quiet_libraries
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 
 TEXTS_AT_ONCE = 4096
 """Texts read, predicted and printed before the next ones are read: a file of any size fits."""
+
+GENERATION = ("new_tokens", "num_beams", "temperature", "seed")
+READS: dict[str, tuple[str, ...]] = {
+    "mlm": ("top_k",),
+    "mlm_pairs": ("top_k",),
+    "question_answering": ("context",),
+    "clm": GENERATION,
+    "seq2seq": GENERATION,
+}
+"""Task -> the options that it reads, beside batch_size."""
 
 
 def predict_command(
@@ -56,37 +66,12 @@ def predict_with(predictor: "Predictor", sources: "Sources", *, batch_size: int,
     return 0
 
 
-def predict_adapters_command(
-    runs: list[str], texts: list[str], *, file: Path | None = None, batch_size: int = 32, as_json: bool = False
-) -> int:
-    """The same with several adapters on one base, each of which answers every text. Returns the exit code.
-
-    ConfigError where two runs have one name.
-    """
-    names = {Path(run).name: Path(run) for run in runs}
-    if not runs or len(names) < len(runs):
-        raise ConfigError(f"--adapters ({','.join(runs)}): must be runs with different names, separated by commas")
-    sources = Sources(texts, file)
-    quiet_libraries()
-    from trainer.predict.adapters import AdapterPredictor
-
-    predictor = AdapterPredictor(names)
-    remaining, num_texts, began = iter(sources.lines()), 0, time.perf_counter()
-    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
-        num_texts += len(chunk)
-        requests = [(text, name) for text in chunk for name in names]
-        for (text, name), answer in zip(requests, predictor.predict(requests, batch_size), strict=True):
-            width = max(len(label) for labels in predictor.predictors.values() for label in labels.label_names)
-            if as_json:
-                print_plain(sys.stdout, json.dumps({"adapter": name, **json_facts(text, answer)}, ensure_ascii=False))
-            else:
-                print_plain(sys.stdout, f"{name:<{max(map(len, names))}}  {plain_words(text, answer, width)}")
-    if num_texts == 0:
-        raise DataError(f"{sources.name} has no text; give one in quotes, --file FILE with one a line, or pipe them in")
-    how = "in mixed batches" if predictor.mixes else "one adapter after the other"
-    elapsed_s = time.perf_counter() - began
-    print(f"{num_texts:,} texts by {len(names)} adapters, {how}, in {elapsed_s:.2f} s", file=sys.stderr)
-    return 0
+def check_options(task: str, asked: dict[str, Any], *, source: str) -> None:
+    """ConfigError for options that the task does not read."""
+    idle = [name for name in asked if name not in READS.get(task, ())]
+    if idle:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"{words}: has no effect on {source}, whose task is {task}; leave it out")
 
 
 class Sources:

@@ -13,22 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.predict import TEXTS_AT_ONCE, Sources, predict_adapters_command, predict_command, predict_with
+from launch.predict import TEXTS_AT_ONCE, Sources, check_options, predict_command, predict_with
+from launch.predict_adapters import predict_adapters_command, refuse_beside_adapters
 from trainer.errors import ConfigError, DataError
 from trainer.predict.answer import OPENERS, Answerer, PredictOptions
 from trainer.quiet import quiet_libraries
 from trainer.run_folder import find_exported
 from trainer.screen import print_plain
-
-GENERATION = ("new_tokens", "num_beams", "temperature", "seed")
-READS: dict[str, tuple[str, ...]] = {
-    "mlm": ("top_k",),
-    "mlm_pairs": ("top_k",),
-    "question_answering": ("context",),
-    "clm": GENERATION,
-    "seq2seq": GENERATION,
-}
-"""Task -> the options that it reads, beside batch_size."""
 
 
 def predict(
@@ -39,7 +30,8 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts.")] = None,
     *,
     adapters: Annotated[
-        str | None, typer.Option(help="Runs on one base, separated by commas: each answers every sentence.")
+        str | None,
+        typer.Option(help="Runs on one base, by commas: all answer each text, or one each line of a .jsonl."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="What a model source is to do, such as mlm or clm.")] = None,
     file: Annotated[Path | None, typer.Option(help="File with one text a line; - is standard input.")] = None,
@@ -58,12 +50,6 @@ def predict(
     Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
     """
     given = list(texts or ())
-    if adapters is not None:
-        given = [run_folder, *given] if run_folder is not None else given
-        names = [word.strip() for word in adapters.split(",") if word.strip()]
-        raise typer.Exit(predict_adapters_command(names, given, file=file, as_json=as_json))
-    if run_folder is None:
-        raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
     options: dict[str, Any] = {
         "top_k": top_k,
         "new_tokens": new_tokens,
@@ -72,6 +58,12 @@ def predict(
         "seed": seed,
     }
     asked = {name: value for name, value in options.items() if value is not None}
+    if adapters is not None:
+        refuse_beside_adapters({"--task": task, "--chat": chat, "--context": context})
+        asked["batch_size"] = batch_size
+        raise typer.Exit(predict_adapters_command(adapters, run_folder, given, asked, file=file, as_json=as_json))
+    if run_folder is None:
+        raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
     if context is not None:
         asked["context"] = read_context(context)
     if chat:
@@ -100,14 +92,6 @@ def task_of_run(run_folder: str) -> str:
     from trainer.predict.source import task_of
 
     return task_of(folder)
-
-
-def check_options(task: str, asked: dict[str, Any], *, source: str) -> None:
-    """ConfigError for options that the task does not read."""
-    idle = [name for name in asked if name not in READS.get(task, ())]
-    if idle:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ConfigError(f"{words}: has no effect on {source}, whose task is {task}; leave it out")
 
 
 def read_context(file: Path) -> str:

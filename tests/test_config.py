@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trainer.config import (
+    AdapterConfig,
     ClassificationData,
     FullConfig,
     HeadConfig,
+    Ia3Config,
     LoraConfig,
     ModelConfig,
     OptimConfig,
     ProbeConfig,
+    QloraConfig,
     RunConfig,
     TrainConfig,
+    VeraConfig,
 )
 from trainer.resolve import config_to_yaml, json_schema, load_config
 from trainer.resolve.fields import fields_of
@@ -106,7 +110,13 @@ def test_config_is_frozen() -> None:
         (ClassificationData, {"validation_fraction": 0.0}, "must be above 0"),
         (ClassificationData, {"labels": ("a", "a")}, "must differ"),
         (ClassificationData, {"labels": ("a",)}, "at least two"),
-        (LoraConfig, {"targets": ()}, "at least one layer"),
+        *((kind, {"targets": ()}, "at least one layer") for kind in (LoraConfig, VeraConfig, AdapterConfig)),
+        (Ia3Config, {"targets": (), "feedforward": ()}, "at least one layer"),
+        (LoraConfig, {"rank": 0}, "greater than 0"),
+        (LoraConfig, {"alpha": 0}, "greater than 0"),
+        (QloraConfig, {"quantize": "int8", "double_quantization": False}, "have no effect with quantize=int8"),
+        (QloraConfig, {"quantize": "int8", "compute_dtype": "bf16"}, "have no effect with quantize=int8"),
+        (AdapterConfig, {"placement": "houlsby", "targets": ("query",)}, "placement has no effect beside targets"),
         (LoraConfig, {"dropout": 1.0}, "dropout"),
         (OptimConfig, {"peak_lr": float("nan")}, "peak_lr"),
         (OptimConfig, {"layer_decay": 0.0}, "layer_decay"),

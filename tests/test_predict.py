@@ -48,14 +48,18 @@ def export_run(folder: Path, base: Path, method: str) -> Path:
 
     from trainer.config import RunConfig
     from trainer.model.export import export_model
+    from trainer.model.identity import base_identity
     from trainer.model.load import build_model, load_tokenizer
+    from trainer.model.methods import METHODS
 
     config = RunConfig(name="tiny", model={"source": str(base)}, method={"name": method})
     model = build_model(config, LABELS, Accelerator(cpu=True))
+    identity = base_identity(model) if METHODS[method].is_adapter else None
     tokenizer = load_tokenizer(config.model)
     train_briefly(model, tokenizer)
     state = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad or method == "full"}
     info = {"task": "classification", "method": method, "base": str(base)}
+    info["base_identity"] = identity
     info["quantization"] = config.method.model_dump(include={"quantize", "double_quantization"}) or None
     folder.mkdir()
     (folder / "config.yaml").write_text("name: tiny\n")
@@ -172,7 +176,8 @@ def test_the_folder_that_prediction_looks_for_is_the_one_that_export_writes():
     [
         ((), "is not a run directory"),
         (("config.yaml",), "has no exported model"),
-        (("adapter_config.json",), r"holds a model without samestep\.json"),
+        (("config.json",), r"holds a model without samestep\.json"),
+        (("adapter_config.json",), r"adapter_config\.json: task_type \(None\) is none that samestep knows"),
     ],
 )
 def test_a_folder_without_a_model_says_what_it_is(tmp_path, names, message):

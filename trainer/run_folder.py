@@ -5,6 +5,7 @@ Place in the flow: training writes such folders (trainer/log.py, trainer/output.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import CheckpointError
 
@@ -21,17 +22,69 @@ INFO_FILE = "samestep.json"
 """In an exported model's folder: what prediction needs to know."""
 
 
+ADAPTER_FILE = "adapter_config.json"
+"""PEFT's settings of an adapter; without samestep.json beside them the adapter was made by PEFT alone."""
+
+PEFT_TASKS = {
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "clm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
+"""model.task -> PEFT's name of it."""
+
+PEFT_TYPES = {
+    "LORA": "lora", "VERA": "vera", "IA3": "ia3", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning", "PREFIX_TUNING": "prefix"
+}  # fmt: skip
+"""PEFT's name of a method -> ours."""
+
 NEEDED = {"classification": ("base", "label_names", "max_length")}
 """What prediction needs to know, by task."""
 
 
 def find_exported(path: Path, task: str | None = "classification") -> Path:
     """The folder of an exported model of a task, None for any: `path` itself or the model folder in it. CheckpointError says what lacks."""
-    if (path / INFO_FILE).is_file():
-        return _checked(path, task)
-    if (path / MODEL_FOLDER / INFO_FILE).is_file():
-        return _checked(path / MODEL_FOLDER, task)
+    for folder in (path, path / MODEL_FOLDER):
+        if any((folder / name).is_file() for name in (INFO_FILE, ADAPTER_FILE)):
+            return _checked(folder, task)
     raise CheckpointError(_why_nothing_was_found(path))
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """samestep.json of an exported folder; of an adapter that PEFT alone has made, what its settings and tensors say.
+
+    CheckpointError where that is not enough.
+    """
+    if (folder / INFO_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
+        return dict(json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
+    file = folder / ADAPTER_FILE
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    tasks = {name: task for task, name in PEFT_TASKS.items()}
+    task, base = tasks.get(settings.get("task_type")), settings.get("base_model_name_or_path")
+    method = PEFT_TYPES.get(settings.get("peft_type"))
+    for name, value in (("task_type", task), ("base_model_name_or_path", base), ("peft_type", method)):
+        if value is None:
+            raise CheckpointError(f"{file}: {name} ({settings.get(name)}) is none that samestep knows; add it there")
+    if method == "lora":
+        method = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
+    names = {"label_names": _labels_of_head(folder)} if task in ("classification", "token_classification") else {}
+    return {"task": task, "method": method, "base": base, **names}
+
+
+def _labels_of_head(folder: Path) -> list[str]:
+    """LABEL_0, LABEL_1, ...: as many as the head among an adapter's tensors has rows; from the header of its file alone."""
+    file = folder / "adapter_model.safetensors"
+    with file.open("rb") as tensors:
+        header = json.loads(tensors.read(int.from_bytes(tensors.read(8), "little")))
+    heads = [
+        entry["shape"]
+        for name, entry in sorted(header.items())
+        if ("classifier" in name or "score" in name) and len(entry.get("shape", ())) == 2
+    ]
+    if not heads:
+        raise CheckpointError(f"{file} holds no classification head; save it with the adapter (PEFT's modules_to_save)")
+    return [f"LABEL_{number}" for number in range(heads[-1][0])]
 
 
 def is_run(path: Path) -> bool:
@@ -41,12 +94,13 @@ def is_run(path: Path) -> bool:
 
 def _checked(folder: Path, wanted: str | None) -> Path:
     """The folder, once its samestep.json says what prediction needs."""
-    file = folder / INFO_FILE
+    is_ours = (folder / INFO_FILE).is_file()
+    file = folder / (INFO_FILE if is_ours else ADAPTER_FILE)
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = read_info(folder)
         task = info.get("task", "classification")
-        missing = [name for name in NEEDED.get(task, ("base",)) if name not in info]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        missing = [name for name in NEEDED.get(task, ("base",)) if is_ours and name not in info]
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; take the model folder from its run again")
@@ -66,7 +120,7 @@ def _why_nothing_was_found(path: Path) -> str:
         return (
             f"RUN ({path}) has no exported model, because the run has not finished its first evaluation; run it again"
         )
-    if any((path / name).is_file() for name in ("adapter_config.json", "bottleneck_config.json", "config.json")):
+    if any((path / name).is_file() for name in ("bottleneck_config.json", "config.json")):
         return (
             f"RUN ({path}) holds a model without {INFO_FILE}, which samestep writes beside it; copy that file there too"
         )

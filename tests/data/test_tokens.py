@@ -93,3 +93,11 @@ def test_a_length_that_does_not_fit_the_model_is_an_error(
 def test_lengths_up_to_the_limit_are_fine(positions: int | None, tokenizer: Any) -> None:
     for length in (3, 128):
         check_max_length(length, tokenizer, pair=False, source="asset:x", positions=positions)
+
+
+def test_virtual_tokens_take_positions_from_the_text(tokenizer: Any) -> None:
+    check_max_length(108, tokenizer, pair=False, source="asset:x", positions=128, virtual_tokens=20)
+    with pytest.raises(
+        ConfigError, match=r"at most 108, .* behind method\.num_virtual_tokens \(20\); set data\.max_length=108"
+    ):
+        check_max_length(109, tokenizer, pair=False, source="asset:x", positions=128, virtual_tokens=20)

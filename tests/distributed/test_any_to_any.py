@@ -4,6 +4,7 @@ At the level of the engine, so that models may be awkward: tied embeddings and b
 frozen bf16 base under an adapter of rank 1. The oracle for weights and moments is what the libraries themselves gather, not our pieces.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -18,18 +20,21 @@ from tests.rank_pool import BACKENDS, run_ranks
 from trainer.backend import Engine, build_accelerator, build_engine
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import Start
-from trainer.config import OptimConfig, RunConfig, TrainConfig
+from trainer.config import ModelConfig, OptimConfig, QloraConfig, RunConfig, TrainConfig
 from trainer.data.batches import IGNORED, micro_batches
 from trainer.model.export import saved_buffers
+from trainer.model.load import load_architecture, load_weights, quantization_of
 from trainer.progress import Progress
 
 BATCH, SAVED, LAST, VOCABULARY = 12, 3, 6, 50
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
+EVERYWHERE = ("full", "lora")
+"""Methods that go from every backend to every one; qlora goes round: from each to the next."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def tiny_model(method: str, seed: int) -> nn.Module:
-    """full: tied embeddings, tied bias, a token type embedding of one row. lora: rank 1 over a frozen bf16 base."""
+    """full: tied embeddings, tied bias, a token type embedding of one row. lora: rank 1 over a frozen bf16 base; qlora: a 4-bit one."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     config = BertConfig(
@@ -47,7 +52,8 @@ def tiny_model(method: str, seed: int) -> nn.Module:
     else:
         from peft import LoraConfig, get_peft_model
 
-        base = BertForSequenceClassification(config).to(torch.bfloat16)
+        base = BertForSequenceClassification(config)
+        base = in_four_bits(base) if method == "qlora" else base.to(torch.bfloat16)
         model = get_peft_model(base, LoraConfig(r=1, target_modules=["query", "value"]))
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -58,6 +64,17 @@ def tiny_model(method: str, seed: int) -> nn.Module:
             if parameter.requires_grad:
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def in_four_bits(model: Any) -> nn.Module:
+    """The same weights with those of the blocks in NF4, as samestep quantizes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.to_json_file(f"{folder}/config.json")  # on every rank: save_pretrained writes on rank 0 alone
+        save_tensors(model.state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
+        source = ModelConfig(source=folder)
+        architecture = load_architecture(source, ("0", "1"))
+        quantization = quantization_of(source, QloraConfig(), architecture, precision="no")
+        return load_weights(source, architecture, quantization)[0]
 
 
 def any_accelerator() -> Any:
@@ -152,12 +169,14 @@ def save_midway(root: Path, backend: str) -> dict[str, list[float]]:
     return losses
 
 
-def resume_each(root: Path, sources: tuple[str, ...]) -> dict[tuple[str, str], dict[str, Any]]:
-    """On every rank: take up every source's checkpoint, compare with its truth, go on."""
+def resume_each(
+    root: Path, sources: tuple[str, ...], qlora_from: str | None = None
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """On every rank: take up every source's checkpoint, compare with its truth, go on. qlora_from: the source for qlora."""
     found = {}
     accelerator = any_accelerator()
     for source in sources:
-        for method in METHODS:
+        for method in METHODS if source == qlora_from else EVERYWHERE:
             folder = root / f"{source}-{method}"
             accelerator.free_memory()
             engine, checkpoints = build(method, folder, accelerator, seed=1)
@@ -183,8 +202,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_goes_on_from_every_backend(backend: str, saved: Any) -> None:
     root, expected = saved
-    for by_rank in run_ranks(resume_each, backend, 1 if backend == "single" else 2, args=(root, BACKENDS)):
-        assert len(by_rank) == len(BACKENDS) * len(METHODS)
+    before = BACKENDS[BACKENDS.index(backend) - 1]
+    ranks = 1 if backend == "single" else 2
+    for by_rank in run_ranks(resume_each, backend, ranks, args=(root, BACKENDS, before)):
+        assert len(by_rank) == len(BACKENDS) * len(EVERYWHERE) + 1
         for (source, method), facts in by_rank.items():
             assert facts["num_tensors"] > 10
             assert facts["wrong"] == [], (source, method)

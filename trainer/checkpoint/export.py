@@ -144,8 +144,11 @@ def trained_parts(config: RunConfig, folder: Path, manifest: Manifest, label_nam
     import peft
 
     settings = peft.PeftConfig.from_pretrained(str(folder))
-    with torch.device("meta"):
-        return peft.get_peft_model(meta_model(config.model, architecture), settings)
+    base = meta_model(config.model, architecture)
+    if settings.peft_type == peft.PeftType.VERA:
+        base = base.to_empty(device="cpu")  # where its shared factors are drawn, from a seed in the settings
+    with torch.device(base.device):
+        return peft.get_peft_model(base, settings)
 
 
 def read_weights(reader: ShardReader, shapes: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:

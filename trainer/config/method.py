@@ -2,12 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from trainer.config.section import MayChange, Probability, Section
 
 Targets = tuple[str, ...] | Literal["all-linear"]
+
+
+def some_target(targets: Targets | None) -> Targets | None:
+    """ValueError for no layer at all, which would train the head alone, if anything."""
+    if targets == ():
+        raise ValueError('needs at least one layer name, such as "query,value" for BERT; or leave it out')
+    return targets
 
 
 class FullConfig(Section):
@@ -43,11 +50,7 @@ class LowRank(Section):
     targets: Targets = "all-linear"
     """Names of the linear layers to adapt (the last parts of their dotted names), or `all-linear`: all but the head."""
 
-    @model_validator(mode="after")
-    def _some_target(self) -> Self:
-        if not self.targets:
-            raise ValueError('needs at least one layer name; use targets=all-linear, or "query,value" for BERT')
-        return self
+    _some_target = field_validator("targets")(some_target)
 
 
 class LoraConfig(LowRank):
@@ -78,10 +81,18 @@ class QloraConfig(LowRank):
     """The method."""
     quantize: Literal["nf4", "fp4", "int8"] = "nf4"
     """How the base's linear layers are stored: 4-bit NormalFloat, 4-bit float, or LLM.int8."""
-    double_quantization: bool = True
-    """Quantize the 4-bit blocks' scales too: 0.4 bit less for each weight."""
+    double_quantization: bool | None = None
+    """Quantize the 4-bit blocks' scales too: 0.4 bit less for each weight. None: yes, in 4 bits."""
     compute_dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], MayChange] = "auto"
     """What 4-bit weights are expanded to for a product. `auto`: the run's precision. On CPUs without AMX fp32 is the fastest."""
+
+    @model_validator(mode="after")
+    def _four_bits(self) -> Self:
+        if self.quantize == "int8" and (self.double_quantization is not None or self.compute_dtype != "auto"):
+            raise ValueError(
+                "double_quantization and compute_dtype have no effect with quantize=int8; leave them out, or use quantize=nf4"
+            )
+        return self
 
 
 class VeraConfig(Section):
@@ -96,6 +107,8 @@ class VeraConfig(Section):
     targets: Targets = "all-linear"
     """Names of the linear layers to adapt, as for lora."""
 
+    _some_target = field_validator("targets")(some_target)
+
 
 class Ia3Config(Section):
     """Learned factors on keys, values and feed-forward layers (IA3, arXiv 2205.05638)."""
@@ -106,6 +119,8 @@ class Ia3Config(Section):
     """Linear layers whose output is scaled. None: PEFT's choice for the architecture."""
     feedforward: tuple[str, ...] | None = None
     """Those of `targets` whose input is scaled instead. None: PEFT's choice for the architecture."""
+
+    _some_target = field_validator("targets")(some_target)
 
     @model_validator(mode="after")
     def _set_together(self) -> Self:
@@ -154,12 +169,23 @@ class AdapterConfig(Section):
     """The method."""
     size: PositiveInt = 64
     """Width of the bottleneck."""
-    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """`houlsby`: after attention and after the feed-forward layer; `pfeiffer` (arXiv 2005.00247): after the latter only."""
+    placement: Literal["houlsby", "pfeiffer"] | None = None
+    """`houlsby`: after attention and after the feed-forward layer; `pfeiffer` (arXiv 2005.00247): after the latter only. None: houlsby, or
+    where `targets` says."""
     activation: Literal["gelu", "relu"] = "gelu"
     """Between the two layers."""
     targets: tuple[str, ...] | None = None
     """Linear layers that an adapter follows. None: the last ones of attention and feed-forward layer, known for the usual architectures."""
+
+    _some_target = field_validator("targets")(some_target)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.placement is not None and self.targets is not None:
+            raise ValueError(
+                "placement has no effect beside targets, which says where adapters go; leave one of them out"
+            )
+        return self
 
 
 MethodConfig = Annotated[

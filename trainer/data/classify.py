@@ -130,7 +130,14 @@ def build_data(config: RunConfig, accelerator: "Accelerator") -> ClassificationS
         load_architecture(config.model, raw.label_names, target=data.target), "max_position_embeddings", None
     )
     pair = data.text_pair is not None
-    check_max_length(data.max_length, tokenizer, pair=pair, source=config.model.source, positions=positions)
+    check_max_length(
+        data.max_length,
+        tokenizer,
+        pair=pair,
+        source=config.model.source,
+        positions=positions,
+        virtual_tokens=getattr(config.method, "num_virtual_tokens", 0),
+    )
     train, validation = (tokenize(part, tokenizer, data.max_length) for part in (raw.train, raw.validation))
     test = None if raw.test is None else tokenize(raw.test, tokenizer, data.max_length).split
     augmenter = None

@@ -93,17 +93,26 @@ def tokenize(samples: Samples, tokenizer: "PreTrainedTokenizerBase", max_length:
 
 
 def check_max_length(
-    max_length: int, tokenizer: "PreTrainedTokenizerBase", *, pair: bool, source: str, positions: int | None
+    max_length: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    pair: bool,
+    source: str,
+    positions: int | None,
+    virtual_tokens: int = 0,
 ) -> None:
     """ConfigError where the model cannot read `max_length` tokens, or they hold no text.
 
-    source: of the model. positions: how many the model has embeddings for, where it says so.
+    source: of the model. positions: how many the model has embeddings for, where it says so. virtual_tokens: how many of them the method
+    takes.
     """
     limits = [limit for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < LARGEST_LIMIT]
-    if limits and max_length > min(limits):
+    longest = min(limits, default=LARGEST_LIMIT) - virtual_tokens
+    if max_length > longest:
+        less = f" behind method.num_virtual_tokens ({virtual_tokens})" if virtual_tokens else ""
         raise ConfigError(
-            f"data.max_length ({max_length}) must be at most {min(limits)}, the longest input of model.source ({source}); "
-            f"set data.max_length={min(limits)}"
+            f"data.max_length ({max_length}) must be at most {longest}, the longest input of model.source ({source}){less}; "
+            f"set data.max_length={longest}"
         )
     smallest = tokenizer.num_special_tokens_to_add(pair) + 1 + pair
     if max_length < smallest:

@@ -13,22 +13,25 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.export import (
-    ADAPTER_FILE,
+    exported_tokenizer,
     load_base,
     load_exported,
+    opening,
     put_adapter,
     read_sizes,
     verify_tensors,
     write_info,
 )
-from trainer.run_folder import INFO_FILE, MODEL_FOLDER
+from trainer.model.methods import METHODS
+from trainer.run_folder import ADAPTER_FILE, INFO_FILE, MODEL_FOLDER, read_info
 
 Into = Literal["base", "dequantized"]
-MERGEABLE = ("lora", "dora", "rslora", "qlora", "vera", "ia3")
+COMPARED = ("classification", "token_classification", "clm")
+"""Tasks whose outputs are one distribution a text or a token."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,16 @@ class Difference:
 
 def find_adapter(path: Path) -> tuple[Path, dict[str, Any]]:
     """(folder, samestep.json) of an exported adapter: `path`, or the model folder in it. CheckpointError for anything else."""
-    folder = path if (path / INFO_FILE).is_file() else path / MODEL_FOLDER
+    folder = path if any((path / name).is_file() for name in (INFO_FILE, ADAPTER_FILE)) else path / MODEL_FOLDER
     try:
-        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        info = read_info(folder)
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"RUN ({path}) has no exported adapter ({error}); give a run directory such as runs/qlora_instruct"
         ) from None
-    if info.get("method") in ("full", "head", "bitfit"):
+    if info.get("method") not in METHODS or "base" not in info:
+        raise CheckpointError(f"{folder / INFO_FILE} lacks method or base; take the model folder from its run again")
+    if not METHODS[info["method"]].is_adapter:
         raise CheckpointError(
             f"RUN ({path}) exported a whole model (method {info['method']}), which needs no base; there is no adapter in it"
         )
@@ -75,32 +80,36 @@ def merged(folder: Path, info: Mapping[str, Any], into: Into, *, trust_remote_co
     into: for a quantized base, `dequantized` is the base that the adapter was trained on, and `base` the one before quantization, to which
     the adapter is not fitted. ConfigError for a method that no weights can express.
     """
-    if info["method"] not in MERGEABLE:
+    if not METHODS[info["method"]].merges:
         raise ConfigError(
             f"RUN ({folder}): an adapter of method {info['method']} adds no weights to a layer and cannot be merged; "
-            f"merging works for {', '.join(MERGEABLE)}"
+            f"merging works for {', '.join(name for name, row in METHODS.items() if row.merges)}"
         )
     quantized = bool(info.get("quantization"))
     if into == "dequantized" and not quantized:
         raise ConfigError("--into (dequantized): the base of this adapter is not quantized; use --into base")
     keeps = {**info, "quantization": info.get("quantization") if into == "dequantized" else None}
-    base = load_base(keeps, trust_remote_code=trust_remote_code)
-    if into == "dequantized":
-        base = cast(PreTrainedModel, cast(Any, base).dequantize(dtype=torch.float32))
-    adapted = put_adapter(base, folder)
-    return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload()).eval()
+    with opening(folder):
+        base = load_base(keeps, trust_remote_code=trust_remote_code)
+        if into == "dequantized":
+            base = cast(PreTrainedModel, cast(Any, base).dequantize(dtype=torch.float32))
+        adapted = put_adapter(base, folder, info)
+        return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload()).eval()
 
 
 def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, trust_remote_code: bool = False) -> None:
     """Write the merged model, its tokenizer and samestep.json into `target`, which must not exist or be empty, and open it again."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"--output ({target}) exists already; give a folder that does not exist yet")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with opening(folder):
+        facts = dict(info)
+        tokenizer = exported_tokenizer(folder, facts, trust_remote_code=trust_remote_code)
     model = merged(folder, info, into, trust_remote_code=trust_remote_code)
     try:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        facts = {name: value for name, value in info.items() if name != "quantization"}
+        for name in ("quantization", "base_identity"):
+            facts.pop(name, None)
         facts |= {"method": "full", "merged": {"method": info["method"], "into": into}}
         write_info(target, facts)
         verify_tensors(target, {name: p.numel() for name, p in model.named_parameters()})
@@ -154,9 +163,11 @@ def divergences(one: Tensor, two: Tensor) -> Tensor:
 
 
 def adapter_facts(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """Method, base, size and settings of an exported adapter, without loading it."""
-    sizes = read_sizes(folder)
-    settings = folder / ADAPTER_FILE
+    """Method, base, size and settings of an exported adapter, without loading it. CheckpointError for files that are damaged."""
+    with opening(folder):
+        sizes = read_sizes(folder)
+        file = folder / ADAPTER_FILE
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {
         "method": info["method"],
         "base": info["base"],
@@ -165,5 +176,5 @@ def adapter_facts(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
         "tensors": sizes,
         "num_parameters": sum(sizes.values()),
         "num_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        "settings": json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
+        "settings": settings,
     }

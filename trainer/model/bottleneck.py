@@ -67,7 +67,7 @@ def bottleneck_targets(model: nn.Module, method: AdapterConfig) -> list[str]:
             f"method.name (adapter): where adapters go is not known for {kind}; set method.targets to the last layers of attention "
             f"and feed-forward layer. It has: {known}"
         )
-    wanted = LAST_LAYERS[kind] if method.placement == "houlsby" else LAST_LAYERS[kind][1:]
+    wanted = LAST_LAYERS[kind][1:] if method.placement == "pfeiffer" else LAST_LAYERS[kind]
     return [name for name in encoder_linears(model) if kind_of(name) in wanted]
 
 

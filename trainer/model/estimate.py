@@ -43,8 +43,12 @@ def estimate_methods(
 ) -> tuple[list[Estimate], dict[str, str]]:
     """Every method at its usual settings, and why the others do not work on this model.
 
-    rank and targets replace those of the methods that have them. ConfigError for a model that does not load.
+    rank and targets replace those of the methods that have them. ConfigError for a model that does not load, or where they do not fit it.
     """
+    layers = meta_model(model, load_architecture(model, ("0", "1")))
+    for method in usual_methods(rank=rank, targets=targets):
+        if isinstance(method, LowRank) and (rank is not None or targets is not None):
+            check_layers(layers, method)
     found: list[Estimate] = []
     refused: dict[str, str] = {}
     for method in usual_methods(rank=rank, targets=targets):

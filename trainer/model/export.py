@@ -8,7 +8,8 @@ Local to the process that calls it: the caller has gathered the weights from all
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +25,19 @@ from transformers import (
 
 from trainer.config import ModelConfig, QloraConfig
 from trainer.errors import CheckpointError, SamestepError
-from trainer.model.architecture import LOADING_ERRORS, first_line, load_architecture, model_loader
+from trainer.model.architecture import (
+    LOADING_ERRORS,
+    first_line,
+    load_architecture,
+    load_tokenizer,
+    model_loader,
+    model_location,
+)
 from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
-from trainer.model.identity import base_identity
+from trainer.model.identity import files_identity, identity_below
 from trainer.model.load import load_weights, quantization_of
-from trainer.run_folder import INFO_FILE
+from trainer.run_folder import ADAPTER_FILE, INFO_FILE, read_info
 
-ADAPTER_FILE = "adapter_config.json"  # PEFT's name for it
 GENERATION_FILE = "generation_config.json"  # transformers' name for it
 ENCODER = "prompt_encoder.default."
 PROMPT = ENCODER + "embedding.weight"
@@ -177,13 +184,21 @@ def load_exported(
     folder: Path, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
     """(model in evaluation mode on the CPU, tokenizer, samestep.json) of an exported folder. CheckpointError where it does not open."""
-    try:
-        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with opening(folder):
+        info = read_info(folder)
+        tokenizer = exported_tokenizer(folder, info, trust_remote_code=trust_remote_code)
         if any((folder / name).is_file() for name in (ADAPTER_FILE, SETTINGS_FILE)):
-            model = load_adapter(folder, info, trust_remote_code=trust_remote_code)
+            model = put_adapter(load_base(info, trust_remote_code=trust_remote_code), folder, info)
         else:
             model = load_whole(folder, info, trust_remote_code=trust_remote_code)
+    return model.eval(), tokenizer, info
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """What goes wrong while an exported folder is opened, as CheckpointError."""
+    try:
+        yield
     except SamestepError:
         raise
     except FileNotFoundError as error:
@@ -194,7 +209,17 @@ def load_exported(
         raise CheckpointError(
             f"{folder}: the exported model does not open ({first_line(error)}); export it again"
         ) from error
-    return model.eval(), tokenizer, info
+
+
+def exported_tokenizer(folder: Path, info: dict[str, Any], *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """That of the folder, or without one the base's. Fills in a max_length that `info` lacks, as that of a plain PEFT adapter does."""
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(ModelConfig(source=info["base"], trust_remote_code=trust_remote_code))
+    if "label_names" in info:
+        info.setdefault("max_length", min(tokenizer.model_max_length, 512))
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def load_whole(folder: Path, info: Mapping[str, Any], *, trust_remote_code: bool) -> nn.Module:
@@ -211,39 +236,44 @@ def load_whole(folder: Path, info: Mapping[str, Any], *, trust_remote_code: bool
     return cast(nn.Module, model)
 
 
-def load_adapter(folder: Path, info: Mapping[str, Any], *, trust_remote_code: bool) -> nn.Module:
-    """The base model that samestep.json names, quantized as it says, with the adapter on it."""
-    model = put_adapter(load_base(info, trust_remote_code=trust_remote_code), folder)
-    if info.get("base_identity") is not None and identity_below(model) != info["base_identity"]:
-        raise CheckpointError(
-            f"{folder}: this adapter was trained on other weights than {info['base']} holds now; put its own base there"
-        )
-    return model
+def put_adapter(model: nn.Module, folder: Path, info: Mapping[str, Any], name: str = "default") -> nn.Module:
+    """The base with the adapter of `folder` on it, beside those that it has; all weights frozen.
+
+    CheckpointError where a part or a setting of the adapter is missing, or the base is not the one it was trained on.
+    """
+    ours = (folder / SETTINGS_FILE).is_file()
+    adapted = load_bottlenecks(model, folder) if ours else put_peft_adapter(model, folder, name)
+    wanted = info.get("base_identity")
+    if wanted is not None:
+        # a base that was quantized in training is recognised by its files, quantized or not
+        found = files_identity(model_location(info["base"])) if info.get("quantization") else identity_below(adapted)
+        if found != wanted:
+            raise CheckpointError(
+                f"{folder}: this adapter was trained on other weights than {info['base']} holds now; put its own base there"
+            )
+    return adapted.requires_grad_(False)
 
 
-def identity_below(model: nn.Module) -> str | None:
-    """Digest of the base under an adapter, as it was while the adapter was trained; leaves all weights frozen."""
-    if is_peft(model):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("default" in name.split("."))  # PEFT's name of the adapter, in all its tensors
-    identity = base_identity(model)
-    model.requires_grad_(False)
-    return identity
-
-
-def put_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The base with the adapter of `folder` on it. CheckpointError where a part of the adapter is missing."""
-    if (folder / SETTINGS_FILE).is_file():
-        return load_bottlenecks(model, folder)
+def put_peft_adapter(model: Any, folder: Path, name: str) -> nn.Module:
+    """The same for PEFT's files, without a look at the base."""
     import peft
 
-    adapted = peft.PeftModel.from_pretrained(model, str(folder))
-    wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    settings = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+    lacks = [key for key in ("r", "lora_alpha") if settings.get("peft_type") == "LORA" and settings.get(key) is None]
+    if lacks:  # PEFT would take 8
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE} lacks {' and '.join(lacks)}, which scale the adapter's output; write down those of its training"
+        )
+    if is_peft(model):
+        model.load_adapter(str(folder), adapter_name=name)
+    else:
+        model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    wanted = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if sum(read_sizes(folder).values()) != sum(tensor.numel() for tensor in wanted.values()):
         raise CheckpointError(
             f"{folder}: the exported weights lack a part of the adapter; export it again"
         )  # PEFT only warns
-    return cast(nn.Module, adapted)
+    return cast(nn.Module, model)
 
 
 def load_base(info: Mapping[str, Any], *, trust_remote_code: bool) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from trainer.model.architecture import (
 )
 from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
 from trainer.model.heads import encoder_prefix, head_modules
+from trainer.model.identity import note_files
 from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
 from trainer.model.mixup import blend_embeddings
@@ -131,6 +132,8 @@ def load_weights(
     new_names = tuple(sorted({*report["missing_keys"], *mismatched}))
     check_loaded(model, loaded, new_names, mismatched)
     keep_layout(loaded)
+    if quantization is not None:
+        note_files(loaded, model_location(model.source))
     return loaded, new_names
 
 

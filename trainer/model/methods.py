@@ -36,6 +36,12 @@ class Method:
     tasks: tuple[str, ...] = ("classification", "clm")
     is_adapter: bool = True
     """What is exported are the trained tensors alone; the base stays where it is."""
+    merges: bool = False
+    """An adapter can be added to the base's weights."""
+    mixes: bool = False
+    """PEFT runs its layers with a different adapter for each row of a batch."""
+    peft_kind: str | None = None
+    """PEFT's kind, where several methods are one; a base holds adapters of one kind."""
 
 
 def apply_method(
@@ -87,17 +93,17 @@ def trained_modules(model: nn.Module, new_modules: Sequence[str], task: str) -> 
     return (*(head_modules(model) if task in HEADED_TASKS else ()), *new_modules)
 
 
-LOW_RANK_TASKS = (*HEADED_TASKS, "clm", "seq2seq")
+LORA: Any = {"tasks": (*HEADED_TASKS, "clm", "seq2seq"), "merges": True, "peft_kind": "lora"}
 METHODS: dict[str, Method] = {
     "full": Method("every weight", train_all, 2e-5, tasks=tuple(AUTO_MODELS), is_adapter=False),
     "head": Method("the classification head", train_head, 1e-3, tasks=HEADED_TASKS, is_adapter=False),
     "bitfit": Method("biases", train_biases, 1e-3, is_adapter=False),
-    "lora": Method("two low-rank factors a layer", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
-    "dora": Method("low-rank factors and a magnitude a layer", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
-    "rslora": Method("low-rank factors, scaled for high ranks", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
-    "qlora": Method("low-rank factors on a 4-bit or 8-bit base", add_peft, 3e-4, tasks=LOW_RANK_TASKS),
-    "vera": Method("scales of shared random factors", add_peft, 3e-3),
-    "ia3": Method("factors on keys, values and feed-forward layers", add_peft, 3e-3),
+    "lora": Method("two low-rank factors a layer", add_peft, 3e-4, mixes=True, **LORA),
+    "dora": Method("low-rank factors and a magnitude a layer", add_peft, 3e-4, **LORA),
+    "rslora": Method("low-rank factors, scaled for high ranks", add_peft, 3e-4, mixes=True, **LORA),
+    "qlora": Method("low-rank factors on a 4-bit base", add_peft, 3e-4, mixes=True, **LORA),
+    "vera": Method("scales of shared random factors", add_peft, 3e-3, merges=True),
+    "ia3": Method("factors on keys, values and feed-forward layers", add_peft, 3e-3, merges=True),
     "prompt": Method("vectors before the embedded text", add_peft, 1e-2),
     "p_tuning": Method("a network that makes vectors before the text", add_peft, 1e-3),
     "prefix": Method("keys and values before those of every layer", add_peft, 1e-2),

@@ -27,15 +27,7 @@ from trainer.config import (
 from trainer.errors import ConfigError
 from trainer.model.heads import HEADED_TASKS, head_modules, without_adapter
 from trainer.model.targets import encoder_linears, kind_of, resolve_targets
-
-PEFT_TASKS = {
-    "classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "question_answering": "QUESTION_ANS",
-    "clm": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
-"""model.task -> PEFT's name of it."""
+from trainer.run_folder import PEFT_TASKS
 
 
 def add_peft(model: nn.Module, method: MethodConfig, new_modules: Sequence[str], task: str) -> nn.Module:

@@ -24,7 +24,7 @@ def quantization_config(method: QloraConfig, precision: str, kept: Sequence[str]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=method.quantize,
-        bnb_4bit_use_double_quant=method.double_quantization,
+        bnb_4bit_use_double_quant=method.double_quantization is not False,
         bnb_4bit_compute_dtype=DTYPES[name],
         bnb_4bit_quant_storage=torch.float32,
         llm_int8_skip_modules=list(kept),

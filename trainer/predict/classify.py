@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import DataError
-from trainer.model.adapters import MERGEABLE
 from trainer.model.export import load_exported
+from trainer.model.methods import METHODS
 from trainer.predict.kinds import AnyPrediction, prediction_of, scores_of
 from trainer.run_folder import find_exported
 
@@ -89,7 +89,8 @@ def load_predictor(run_or_folder: Path, device: torch.device | None = None) -> P
     """Open what a run exported: a run directory, its model folder, or a copy. CheckpointError says what is missing."""
     folder = find_exported(run_or_folder)
     model, tokenizer, info = load_exported(folder)
-    if info.get("method") in MERGEABLE and not info.get("quantization"):  # merged into 4 bits it would be another model
+    row = METHODS.get(info.get("method", ""))
+    if row is not None and row.merges and not info.get("quantization"):  # merged into 4 bits it would be another model
         model = cast(Any, model).merge_and_unload()  # same numbers to rounding, and no adapter arithmetic per text
     return predictor_of(model, tokenizer, info, device)
 

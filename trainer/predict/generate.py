@@ -127,7 +127,8 @@ class Generator:
             )
         self.config: Any = cast(Any, model).config
         positions = getattr(self.config, "max_position_embeddings", None)
-        self.positions: int | None = positions if positions and positions > 0 else None
+        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+        self.positions: int | None = positions - virtual if positions and positions > 0 else None
         self.has_encoder, self.is_chat = bool(getattr(self.config, "is_encoder_decoder", False)), is_chat
         if self.has_encoder and self.positions is not None and options.new_tokens >= self.positions:
             raise ConfigError(

@@ -1,6 +1,5 @@
 """A model that people name for prediction: what a run exported, or a model source with the task that it is to do."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+from trainer.model.adapters import find_adapter
 from trainer.model.architecture import (
     AUTO_MODELS,
     LOADING_ERRORS,
@@ -20,14 +20,19 @@ from trainer.model.architecture import (
 )
 from trainer.model.export import load_exported
 from trainer.model.load import listing, load_weights
-from trainer.run_folder import INFO_FILE, find_exported
+from trainer.run_folder import find_exported, read_info
 
 Opened = tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]
 
 
 def task_of(folder: Path) -> str:
     """The task of an exported model."""
-    return str(json.loads((folder / INFO_FILE).read_text(encoding="utf-8")).get("task", "classification"))
+    return str(read_info(folder).get("task", "classification"))
+
+
+def task_of_adapter(path: Path) -> str:
+    """The task of an exported adapter. CheckpointError for what is none."""
+    return str(find_adapter(path)[1].get("task", "classification"))
 
 
 def open_run(path: Path) -> Opened:

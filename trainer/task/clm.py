@@ -210,10 +210,12 @@ def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
 def check_positions(config: RunConfig, sequence_length: int, *, setting: str = "data.sequence_length") -> None:
     """ConfigError for rows that are longer than the model's positions. setting: where their length stands."""
     positions = getattr(load_architecture(config.model, ()), "max_position_embeddings", None)
-    if positions is not None and 0 < positions < sequence_length:  # XLNet says -1: it has no limit
+    virtual = getattr(config.method, "num_virtual_tokens", 0)
+    if positions is not None and 0 < positions < sequence_length + virtual:  # XLNet says -1: it has no limit
+        less = f" less method.num_virtual_tokens ({virtual})" if virtual else ""
         raise ConfigError(
-            f"{setting} ({sequence_length}) must be at most {positions}, the positions of model.source "
-            f"({config.model.source}); lower it, or take a model for longer rows"
+            f"{setting} ({sequence_length}) must be at most {positions - virtual}, the positions of model.source "
+            f"({config.model.source}){less}; lower it, or take a model for longer rows"
         )
 
 

@@ -1,0 +1,153 @@
+"""Several adapters on one base: each request's answer is that of its adapter alone, and the base is in memory once."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.exported_runs import command, export_clm, llama_base, varied
+from tests.test_predict import TEXTS, export_run
+from tests.tiny import tiny_bert
+from trainer.errors import CheckpointError
+from trainer.model.export import load_exported
+from trainer.predict.adapters import AdapterGenerator, AdapterPredictor
+from trainer.predict.answer import PredictOptions, open_answerer
+from trainer.predict.classify import load_predictor
+
+NUM_ADAPTERS = 20
+MEASURE = """
+import ctypes, gc, sys
+from pathlib import Path
+
+import psutil
+
+from trainer.predict.adapters import AdapterPredictor
+
+small, *runs = (Path(run) for run in sys.argv[1:])
+AdapterPredictor({"small": small}).predict([("good", "small")])  # what is imported and allocated once
+
+
+def resident() -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+before = resident()
+together = AdapterPredictor({run.name: run for run in runs})
+print(resident() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases `base` and `wide`, each with a run and 20 adapters of other weights, whose names hold a dot as samestep's own do."""
+    folder = tmp_path_factory.mktemp("together")
+    for name, size in (("base", 64), ("wide", 512)):
+        run = export_run(folder / f"{name}-run", tiny_bert(folder / name, hidden_size=size), "lora")
+        for number in range(NUM_ADAPTERS):
+            varied(run, folder / f"{name}.{number}", number)
+    return folder
+
+
+def runs_on(root: Path, base: str) -> dict[str, Path]:
+    return {f"{base}.{number}": root / f"{base}.{number}" for number in range(NUM_ADAPTERS)}
+
+
+def test_twenty_different_adapters_answer_as_each_alone(root: Path) -> None:
+    runs = runs_on(root, "base")
+    together = AdapterPredictor(runs)
+    assert together.mixes
+    predictor = next(iter(together.predictors.values()))
+    inputs = predictor.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    rows = [(row, name) for name in runs for row in range(len(TEXTS))]
+    mixed = {key: tensor[[row for row, _ in rows]] for key, tensor in inputs.items()}
+    with torch.no_grad():
+        logits = together.model(**mixed, adapter_names=[together.inner[name] for _, name in rows]).logits
+        alone = {name: load_exported(run / "model")[0](**inputs).logits for name, run in runs.items()}
+    for one, other in itertools.combinations(alone.values(), 2):
+        assert (one - other).abs().max() > 1e-2
+    for name, mine in zip(runs, logits.split(len(TEXTS)), strict=True):
+        assert torch.allclose(mine, alone[name], atol=1e-5), name
+    requests = [(text, name) for text in TEXTS for name in runs]
+    answers = together.predict(requests, batch_size=16)
+    expected = {name: alone[name].double().softmax(-1).max(-1).values.tolist() for name in runs}
+    for (text, name), answer in zip(requests, answers, strict=True):
+        assert answer.confidence == pytest.approx(expected[name][TEXTS.index(text)], abs=1e-5)  # type: ignore[union-attr]
+
+
+def test_twenty_adapters_take_the_memory_of_one_base(root: Path) -> None:
+    runs = runs_on(root, "wide")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(root / "base-run"), *map(str, runs.values())],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    base = (root / "wide" / "model.safetensors").stat().st_size
+    adapters = sum((run / "model/adapter_model.safetensors").stat().st_size for run in runs.values())
+    assert base > 16e6
+    assert base < int(done.stdout.split()[-1]) <= base + adapters + 12e6
+
+
+def test_adapters_that_cannot_share_a_batch_take_turns(root: Path) -> None:
+    runs = {"base.1": root / "base.1"}
+    for method in ("rslora", "dora"):
+        runs[method] = export_run(root / method, root / "base", method)
+    together = AdapterPredictor(runs)
+    assert not together.mixes
+    requests = [(text, name) for text in TEXTS for name in runs]
+    answers = together.predict(requests)
+    for name in runs:
+        alone = load_predictor(runs[name]).predict(TEXTS)
+        mine = [answer.confidence for (_, wanted), answer in zip(requests, answers, strict=True) if wanted == name]  # type: ignore[union-attr]
+        assert mine == pytest.approx([one.confidence for one in alone], abs=1e-5)  # type: ignore[union-attr]
+
+
+def test_adapters_of_two_bases_or_kinds_are_refused(root: Path, tmp_path: Path) -> None:
+    tiny_bert(tmp_path / "other")
+    lora = root / "base.0"
+    export_run(tmp_path / "stranger", tmp_path / "other", "lora")
+    with pytest.raises(CheckpointError, match=r"stranger belongs to base .*; give adapters of one base"):
+        AdapterPredictor({"lora": lora, "stranger": tmp_path / "stranger"})
+    for method in ("adapter", "ia3"):
+        export_run(tmp_path / method, root / "base", method)
+    with pytest.raises(CheckpointError, match="bottleneck adapters take the place of layers"):
+        AdapterPredictor({"lora": lora, "adapter": tmp_path / "adapter"})
+    with pytest.raises(CheckpointError, match=r"one kind on a base, not lora .lora., ia3 .ia3."):
+        AdapterPredictor({"lora": lora, "ia3": tmp_path / "ia3"})
+
+
+def test_each_adapter_writes_as_it_does_alone(tmp_path: Path) -> None:
+    run = export_clm(tmp_path / "a.0", llama_base(tmp_path / "llama"), {"name": "qlora", "rank": 4})
+    runs = {"a.0": run, **{f"a.{number}": varied(run, tmp_path / f"a.{number}", number) for number in (1, 2)}}
+    options = PredictOptions(new_tokens=6)
+    texts = ["w3 w4", "w9 w8 w7 w6", "w1"]
+    together = AdapterGenerator(runs, options)
+    requests = [(text, name) for text in texts for name in runs]
+    written = [answer.facts["generated"] for answer in together.answer(requests)]
+    alone = {
+        name: open_answerer("clm", *load_exported(path / "model"), options).answer(texts) for name, path in runs.items()
+    }
+    assert written == [alone[name][texts.index(text)].facts["generated"] for text, name in requests]
+    assert len({tuple(answer.facts["generated"] for answer in answers) for answers in alone.values()}) == 3
+
+
+def test_a_file_of_requests_names_the_adapter_of_each(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ",".join(str(root / f"base.{number}") for number in (3, 5))
+    asked = [{"text": text, "adapter": f"base.{number}"} for text, number in zip(TEXTS, (5, 3, 3, 5), strict=True)]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join(map(json.dumps, asked)))
+    assert command("predict", "--adapters", chosen, "--file", file, "--json", "--batch-size", 3) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{"text": row["text"], "adapter": row["adapter"]} for row in rows] == asked
+    for row in rows:
+        alone = load_predictor(root / row["adapter"]).predict([row["text"]])[0]
+        assert row["confidence"] == pytest.approx(alone.confidence, abs=1e-5)  # type: ignore[union-attr]
+    file.write_text('{"text": "good", "adapter": "base.4"}')
+    assert command("predict", "--adapters", chosen, "--file", file) == 2
+    assert "adapter (base.4) must be one of base.3, base.5" in capsys.readouterr().err
