@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from launch.preflight import load_recipe
 from tests.distributed.resume_runs import same_weights, train
-from tests.test_recipes import ROOT, load_recipe
+from tests.test_recipes import ROOT
 from tests.tiny import tiny_bart, tiny_bert, tiny_llama, tiny_pairs, tiny_t5
 from trainer.config import FullConfig, LoraConfig, ModelConfig, OptimConfig, PairData, RunConfig, TrainConfig
 from trainer.errors import ConfigError
