@@ -84,11 +84,11 @@ def test_only_rank_0_prints_the_config(capsys: pytest.CaptureFixture[str], monke
 RANKED = """
 import os, sys
 from trainer.config import RunConfig
-from trainer.errors import DataError
+from trainer.errors import BackendError
 from trainer.resolve import entry
 entry.WAIT_FOR_RANK_0_S = float(sys.argv.pop(1))
 def main(config):
-    raise DataError("a problem")
+    raise BackendError("a problem")
 entry.run_recipe(main, RunConfig(name="x"))
 """
 
