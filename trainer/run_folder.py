@@ -4,6 +4,7 @@ Place in the flow: training writes such folders (trainer/log.py, trainer/output.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.errors import CheckpointError
@@ -13,6 +14,9 @@ RUN_FILES = ("config.yaml", "metrics.jsonl")
 
 JOBS = "slurm"
 """Subfolder that holds what Slurm jobs leave: script, starts, logs. It stays where it is when an earlier run is moved aside."""
+
+JOB_FILE = "job.txt"
+"""The Slurm job that began this run."""
 
 MODEL_FOLDER = "model"
 """Subfolder of a run directory that holds the exported model or adapter."""
@@ -32,6 +36,17 @@ def find_exported(path: Path, task: str | None = "classification") -> Path:
     if (path / MODEL_FOLDER / INFO_FILE).is_file():
         return _checked(path / MODEL_FOLDER, task)
     raise CheckpointError(_why_nothing_was_found(path))
+
+
+def job_id(environ: Mapping[str, str]) -> str:
+    """Of the Slurm job that this process runs in; empty outside of one.
+
+    ARRAY_TASK for a task of an array: its SLURM_JOB_ID is the whole array's for one of the tasks, on which scontrol and scancel
+    would act all at once.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID", "")
 
 
 def is_run(path: Path) -> bool:
