@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launch.command import CONFIG_FOLDER, RunOptions
-from launch.starts import CANCELLED, JobStart, newest_step, note_start, read_starts
-from trainer.checkpoint.resume import read_outcome
+from launch.starts import CANCELLED, JobStart, is_cancelled, newest_step, note_start, read_starts
+from trainer.checkpoint.resume import OUTCOME, decide_start, read_outcome
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
-from trainer.run_folder import JOBS
+from trainer.run_folder import JOBS, job_id
 from trainer.stop import STOP_FILE
 
 job_app = typer.Typer(
@@ -38,10 +39,16 @@ def begin(
     options = RunOptions(recipe, backend, world_size, precision, tuple(config or ()), tuple(overrides or ()))
     from launch.preflight import check_job
 
-    found = check_job(options)
+    with redirect_stdout(sys.stderr):  # what a recipe prints when it is imported is not for the script
+        found = check_job(options)
     folder = found.folder
     start = note_start(folder, checkpoint_size(found), os.environ)
-    (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
+    if decide_start(found).kind != "finished":
+        (folder / OUTCOME).unlink(missing_ok=True)  # of an earlier start: this one has its own, or dies without one
+    if is_cancelled(folder, start.job):  # on its way here: one step, a save, and no other start
+        (folder / STOP_FILE).touch()
+    else:
+        (folder / STOP_FILE).unlink(missing_ok=True)  # of an earlier start
     print(folder, folder / JOBS / start.log, CONFIG_FOLDER / f"{backend}.yaml", sep="\n")
 
 
@@ -63,12 +70,13 @@ def check(
 def end(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     *,
-    max_restarts: Annotated[int, typer.Option(min=0)] = 20,
+    max_restarts: Annotated[int, typer.Option(min=0)],
 ) -> None:
     """Print finished, cancelled, failed, stuck or requeue; why, on the error stream."""
     verdict, why = decide(run, read_starts(run), max_restarts=max_restarts, job_state=job_state(os.environ))
     if verdict == "cancelled":
         (run / JOBS / CANCELLED).unlink(missing_ok=True)
+    (run / STOP_FILE).unlink(missing_ok=True)  # a signal may have come after training had ended
     print(f"samestep: {why}", file=sys.stderr, flush=True)
     print(verdict)
 
@@ -82,11 +90,11 @@ def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_stat
     step, number = newest_step(run), start.number
     if outcome == "finished":
         return "finished", f"the run is finished at step {step}"
-    if (run / JOBS / CANCELLED).exists() or job_state == "CANCELLED":
+    if is_cancelled(run, start.job) or job_state == "CANCELLED":
         return "cancelled", f"cancelled after step {step}, which is saved; submitting it again goes on from there"
     if outcome == "failed":
         return "failed", "training could not go on (see above); another start would end the same way"
-    if number > 0 and step <= start.step:
+    if number > 0 and step == start.step:  # lower: the run began anew, or a damaged checkpoint was passed over
         return "stuck", (
             f"no progress since the last restart: the newest checkpoint is still that of step {step}; start {number + 1} of job "
             f"{start.job} is the last. What went wrong stands above, and in {run / JOBS / start.log}"
@@ -118,8 +126,7 @@ def job_state(environ: Mapping[str, str]) -> str:
     Slurm 22.05 shows a job whose script still runs as COMPLETING when it was cancelled, preempted (it starts such a job again itself) or
     its time is over.
     """
-    job = environ.get("SLURM_JOB_ID", "")
-    done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+    done = subprocess.run(["scontrol", "show", "job", "-o", job_id(environ)], capture_output=True, text=True)
     words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
     state = words.get("JobState", "")
     return "CANCELLED" if state == "COMPLETING" and words.get("Reason") != "TimeLimit" else state

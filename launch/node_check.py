@@ -19,12 +19,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.starts import read_starts
+from launch.starts import JobStart, read_starts
+from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
+from trainer.versions import library_versions
 
 EXIT_CODE = 3
 LIMIT_S = 50.0
 """For all of it, within the minute that a failing job may take."""
+HERE_FRACTION, ANSWER_FRACTION = 0.6, 0.9
+"""Of the limit: until when the first node waits for others to appear, and for what they answer; the rest is for the verdict."""
 MAX_SKEW_S, MAX_LAG_S = 10.0, 10.0
 POLL_S = 0.05
 
@@ -37,7 +41,7 @@ class Node:
     name: str
     versions: dict[str, str]
     num_gpus: int
-    """Visible in the job; 0 on a CPU node."""
+    """Visible in the job; 0 where it asked for none."""
     free_bytes: int
     """Where checkpoints go."""
     reached: str = ""
@@ -48,15 +52,34 @@ class Node:
     """What a file from the first node and one back take to be seen."""
 
 
-def check_nodes(run: Path, address: str, port: int, *, ranks_per_node: int, environ: Mapping[str, str]) -> int:
+def check_nodes(
+    run: Path, address: str, port: int, *, ranks_per_node: int, environ: Mapping[str, str], limit_s: float = LIMIT_S
+) -> int:
     """0, or EXIT_CODE on all nodes where something is missing; the first one prints what. Every node of the job calls it once."""
-    start = read_starts(run)[-1]
-    number, count = int(environ.get("SLURM_NODEID", "0")), int(environ.get("SLURM_JOB_NUM_NODES", "1"))
-    board = Board(run / JOBS / f"check-{start.job}-{start.number:03d}", time.monotonic() + LIMIT_S)
-    if number > 0:
-        return answer(board, own_facts(number, run), address, port)
+    number = int(environ.get("SLURM_NODEID", "0"))
+    try:
+        start = read_starts(run)[-1]
+        board = Board(run / JOBS / f"check-{start.job}-{start.number:03d}", limit_s)
+        if number > 0:
+            return answer(board, own_facts(number, run), address, port)
+        return ask(board, start, address, port, ranks_per_node=ranks_per_node, environ=environ)
+    except (OSError, ConfigError) as error:
+        place = getattr(error, "filename", None) or run / JOBS
+        print(
+            f"error: node {number} ({own_name()}) cannot use {place}: {error}; set run_dir=PATH to a folder on a file system "
+            "that all nodes share",
+            flush=True,
+        )
+        return EXIT_CODE
+
+
+def ask(
+    board: "Board", start: JobStart, address: str, port: int, *, ranks_per_node: int, environ: Mapping[str, str]
+) -> int:
+    """The part of the first node: ask the others, print the table, leave the verdict. Returns it."""
+    count = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
     with opened_port(address, port) as problem:
-        nodes = gather(board, own_facts(0, run), count)
+        nodes = gather(board, own_facts(0, board.folder), count)
     gpus = ranks_per_node if int(environ.get("SLURM_GPUS_ON_NODE") or 0) else 0
     problems = [problem] if problem else []
     problems += problems_of(nodes, count, gpus=gpus, needed=2 * start.checkpoint_bytes)
@@ -68,9 +91,8 @@ def check_nodes(run: Path, address: str, port: int, *, ranks_per_node: int, envi
 class Board:
     """Small files that nodes write for each other in a shared folder, until the time is up."""
 
-    def __init__(self, folder: Path, deadline: float) -> None:
-        """deadline: by time.monotonic()."""
-        self.folder, self.deadline = folder, deadline
+    def __init__(self, folder: Path, limit_s: float) -> None:
+        self.folder, self.limit_s, self.began = folder, limit_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
@@ -79,10 +101,10 @@ class Board:
         fresh.write_text(json.dumps(content), encoding="utf-8")
         fresh.replace(self.folder / f"{name}.json")
 
-    def wait(self, *names: str) -> dict[str, dict[str, Any]]:
-        """Those of the named files that are there before the time is up, each with `seen`, when it was found."""
+    def wait(self, *names: str, fraction: float = 1.0) -> dict[str, dict[str, Any]]:
+        """Those of the named files that are there before this fraction of the time is up, each with `seen`, when it was found."""
         found: dict[str, dict[str, Any]] = {}
-        while len(found) < len(names) and time.monotonic() < self.deadline:
+        while len(found) < len(names) and time.monotonic() < self.began + self.limit_s * fraction:
             os.listdir(self.folder)  # makes network file systems look again
             for name in names:
                 path = self.folder / f"{name}.json"
@@ -123,10 +145,10 @@ def answer(board: Board, facts: dict[str, Any], address: str, port: int) -> int:
 def gather(board: Board, facts: dict[str, Any], count: int) -> list[Node]:
     """The part of the first node: what each node says, with skew and lag; nodes that do not answer are left out."""
     nodes = [Node(**facts)]
-    here = board.wait(*(f"here-{number}" for number in range(1, count)))
+    here = board.wait(*(f"here-{number}" for number in range(1, count)), fraction=HERE_FRACTION)
     asked = time.time()
     board.write("ask", {})
-    answers = board.wait(*(name.replace("here", "answer") for name in here))
+    answers = board.wait(*(name.replace("here", "answer") for name in here), fraction=ANSWER_FRACTION)
     for name, told in here.items():
         if (said := answers.get(name.replace("here", "answer"))) is not None:
             lag = said["seen"] - asked - said["took"]
@@ -137,17 +159,25 @@ def gather(board: Board, facts: dict[str, Any], count: int) -> list[Node]:
 
 def own_facts(number: int, run: Path) -> dict[str, Any]:
     """number, name, versions, num_gpus and free_bytes of this node."""
-    import torch
-
-    from trainer.backend import library_versions
-
     return {
         "number": number,
-        "name": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "name": own_name(),
         "versions": {"python": platform.python_version(), **library_versions()},
-        "num_gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "num_gpus": count_gpus() if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" else 0,
         "free_bytes": shutil.disk_usage(run).free,
     }
+
+
+def count_gpus() -> int:
+    """Visible here; imports torch, which takes seconds."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def own_name() -> str:
+    """Of this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def why_unreachable(address: str, port: int) -> str:
@@ -165,7 +195,7 @@ def problems_of(nodes: Sequence[Node], count: int, *, gpus: int, needed: float) 
     missing = sorted(set(range(count)) - {node.number for node in nodes})
     if missing:
         problems.append(
-            f"node(s) {', '.join(map(str, missing))} of {count} did not answer in {LIMIT_S:.0f} s through the run directory: they are "
+            f"node(s) {', '.join(map(str, missing))} of {count} did not answer in time through the run directory: they are "
             "down, or it is not on a file system that all nodes share; set run_dir=PATH to one"
         )
     first = nodes[0]

@@ -60,6 +60,23 @@ def checked(options: RunOptions, machine: Machine) -> RunConfig:
     return found.config
 
 
+def check_submission(tasks: Sequence[RunOptions], world_sizes: Sequence[int], *, on_gpus: bool) -> None:
+    """The same for a Slurm job, from a login node, whose own GPUs do not matter.
+
+    tasks: of an array, each with its settings. world_sizes: the fewest and the most ranks it may start with.
+    """
+    quiet_libraries()
+    deepspeed = this_machine().has_deepspeed
+    problems: list[str] = []
+    for count in world_sizes:
+        machine = Machine(num_gpus=count if on_gpus else 0, has_bf16=True, has_deepspeed=deepspeed)
+        problems += backend_problems(replace(tasks[0], processes=count).complete(), machine)
+    for task in tasks:
+        problems += recipe_problems(task, max(world_sizes, default=1)) or start_problems(task)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+
+
 def check_parity(options: RunOptions, variants: Sequence[Variant]) -> None:
     """The same for all variants of `samestep parity`."""
     quiet_libraries()
@@ -168,11 +185,13 @@ def _process_problem(backend: str, processes: int, machine: Machine) -> str | No
     if processes < 1:
         return f"--processes ({processes}): must be at least 1; set --processes 1"
     if backend == "single" and processes > 1:
-        return f"--processes ({processes}): --backend single runs one process; choose --backend ddp or --processes 1"
+        return (
+            f"--backend single runs one process, and {processes} were asked for; choose --backend ddp, or ask for one"
+        )
     if backend != "single" and processes == 1 and not machine.num_gpus:
         return (
             f"--backend ({backend}): on CPU it needs at least 2 processes, or accelerate would run something else; "
-            "set --processes 2 or --backend single"
+            "ask for 2, or choose --backend single"
         )
     if machine.num_gpus and processes > machine.num_gpus:
         return (

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,8 +66,10 @@ def queue_state(job: str) -> tuple[str, str]:
     if shutil.which("squeue") is None:
         raise ConfigError("squeue is not here: ask from a login node of the Slurm cluster")
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T|%r"]
-    line = subprocess.run(words, capture_output=True, text=True).stdout.strip().split("\n")[0]
-    state, _, reason = line.partition("|")
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:  # which a job is that ended a while ago
+        raise ConfigError(f"squeue could not say where job {job} is: {done.stderr.strip()}; try again")
+    state, _, reason = done.stdout.strip().split("\n")[0].partition("|")
     return state, "" if reason == "None" else reason
 
 
@@ -101,9 +104,10 @@ def last_metrics(run: Path) -> dict[str, Any]:
     except OSError:
         return {}
     for line in reversed(lines):
-        if '"train/loss"' in line:
+        with suppress(ValueError):  # cut by a full disk or a kill
             found: dict[str, Any] = json.loads(line)
-            return found
+            if "train/loss" in found:
+                return found
     return {}
 
 
@@ -138,20 +142,56 @@ def logs(
     run: Run,
     *,
     start: Annotated[int | None, typer.Option(min=0, help="Which start; the newest if not given.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on printing what comes.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on printing what comes, of later starts too.")] = False,
 ) -> None:
-    """Print what one start of a run wrote.
+    """Print what one start of a run wrote; without --start also what kept the job from starting again.
 
     Example: samestep logs runs/lora_sst2 --start 0
     """
-    starts = read_starts(run)
+    starts = starts_of(run)
     if start is not None and start >= len(starts):
         raise ConfigError(f"--start ({start}): the run has {len(starts)} start(s), counted from 0")
-    path = run / JOBS / starts[-1 if start is None else start].log
+    path = newest_log(run) if start is None else run / JOBS / starts[start].log
     if not path.is_file():
         raise ConfigError(f"{path} is not there (yet)")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        print(file.read(), end="", flush=True)
-        while follow:
-            time.sleep(1.0)
-            print(file.read(), end="", flush=True)
+    place = print_from(path, 0)
+    if start is None and not follow:
+        print(said_after(path), end="")
+    while follow:
+        time.sleep(1.0)
+        place = print_from(path, place)
+        if start is None and (newer := newest_log(run)) != path and newer.is_file():
+            path, place = newer, print_from(newer, 0)
+
+
+def newest_log(run: Path) -> Path:
+    """Of the newest start; the output of the job script where the newest job has none, because its settings were refused."""
+    job, starts = job_of(run), starts_of(run)
+    if not starts or starts[-1].job != job:
+        written = {path.stat().st_mtime: path for path in (run / JOBS).glob("job-*.out")}
+        if written and max(written) > read_submission(run)["submitted"]:
+            return written[max(written)]
+    if not starts:
+        raise ConfigError(
+            f"RUN ({run}): its job {job} has not started yet; samestep status {run} says what it waits for"
+        )
+    return run / JOBS / starts[-1].log
+
+
+def print_from(path: Path, place: int) -> int:
+    """Print a file from this byte on; returns where it ended."""
+    with path.open("rb") as file:
+        file.seek(place)
+        text = file.read()
+    print(text.decode(errors="replace"), end="", flush=True)
+    return place + len(text)
+
+
+def said_after(log: Path) -> str:
+    """What the job script said after the last line of this log of a start: it failed before it could note another start."""
+    output = log.with_name(log.name.split("-start-")[0] + ".out")
+    last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+    if not last or log == output or not output.is_file():
+        return ""
+    _, found, rest = output.read_text(encoding="utf-8", errors="replace").rpartition(last)
+    return rest.lstrip("\n") if found else ""

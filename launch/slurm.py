@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from launch.command import backend_names
+from trainer.config import PRECISIONS
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
 
@@ -30,7 +32,12 @@ RULES: Mapping[str, tuple[str, str]] = {
     ),
     "recipe": (PATH, "must be of letters, digits and ._/=+@,:~-; rename the file"),
     "run_dir": (PATH, "must be of letters, digits and ._/=+@,:~-; set run_dir=PATH to another one"),
+    "name": (WORD, "must be of letters, digits and ._-; set name=NAME to another one"),
+    "--backend": ("|".join(backend_names()), f"must be one of {', '.join(backend_names())}"),
+    "--precision": ("|".join(PRECISIONS), f"must be one of {', '.join(PRECISIONS)}; no is fp32"),
 }
+SECRET = r"(.*_)?(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)(_(?!PATH|FILE).*)?"
+"""Names of variables whose values must not stand in a script that others can read."""
 Word = Annotated[str, Field(pattern=f"^{WORD}$")]
 
 
@@ -83,13 +90,23 @@ class Submission:
     ranks_per_node: int = 1
     """Without GPUs."""
     time_limit: str | None = None
-    max_restarts: int = 20
+    max_restarts: int = 1000
     cluster: Cluster = field(default_factory=Cluster)
 
     @property
     def run_dirs(self) -> tuple[str, ...]:
         """Of every task."""
         return tuple(f"{self.run_dir}-{number}" for number in range(len(self.variants))) or (self.run_dir,)
+
+    def config_copies(self, folder: str) -> list[tuple[Path, str]]:
+        """Each --config file, and where its copy lies for the run in `folder`: the job must not see later changes."""
+        return [(path, f"{folder}/{JOBS}/config-{number}-{path.name}") for number, path in enumerate(self.configs)]
+
+    def world_sizes(self) -> tuple[int, ...]:
+        """The fewest and the most ranks it may start with; nothing where `nodes` is not a number or two."""
+        ranks = self.gpus_per_node or self.ranks_per_node
+        counts = self.nodes.split("-") if re.fullmatch(RULES["--nodes"][0], self.nodes) else []
+        return tuple(sorted({int(count) * ranks for count in counts}))
 
 
 def script_text(asked: Submission, template: str) -> str:
@@ -109,13 +126,21 @@ def script_text(asked: Submission, template: str) -> str:
 
 def problems_of(asked: Submission) -> Iterator[str]:
     """Of each word that would stand in the script, with the rule and the fix."""
-    named = [("--nodes", asked.nodes), ("recipe", str(asked.recipe))]
-    named += [("--time", asked.time_limit)] if asked.time_limit is not None else []
-    named += [("run_dir", asked.run_dir)]
+    named: list[tuple[str, str | None]] = [("--nodes", asked.nodes), ("recipe", str(asked.recipe))]
+    named += [("--time", asked.time_limit), ("run_dir", asked.run_dir), ("name", asked.name)]
+    named += [("--backend", asked.backend), ("--precision", asked.precision)]
     for name, value in named:
         pattern, rule = RULES[name]
-        if not re.fullmatch(pattern, value):
+        if value is not None and not re.fullmatch(pattern, value):
             yield f"{name} ({value!r}): {rule}"
+    for name in asked.cluster.environment:
+        if re.fullmatch(SECRET, name, re.IGNORECASE):
+            yield (
+                f"environment.{name} of the cluster's profile: a secret must not stand in a job script; take it out and "
+                f"`export {name}=...` where you submit, from where sbatch passes it on"
+            )
+    if asked.cluster.container_mounts and not asked.cluster.container_image:
+        yield f"container_mounts ({asked.cluster.container_mounts!r}): has no effect without container_image; set both or none"
     words = [
         *asked.overrides,
         *itertools.chain(*asked.variants),
@@ -185,12 +210,19 @@ def settings(asked: Submission) -> Iterator[str]:
     if not asked.gpus_per_node:
         yield f"SAMESTEP_RANKS_PER_NODE={asked.ranks_per_node}"
     yield f"SAMESTEP_MAX_RESTARTS={asked.max_restarts}"
-    yield f"set -- {shlex.join([str(asked.recipe), *asked.overrides, *(w for path in asked.configs for w in ('--config', str(path)))])}"
+    words = [str(asked.recipe), *asked.overrides]
+    yield f"set -- {shlex.join(words if asked.variants else [*words, *config_words(asked, asked.run_dir)])}"
     if asked.variants:
         yield "case $SLURM_ARRAY_TASK_ID in # each task of the array has a run directory and settings of its own"
-        for number, (folder, words) in enumerate(zip(asked.run_dirs, asked.variants, strict=True)):
-            yield f'  {number}) set -- "$@" {shlex.join([f"run_dir={folder}", *words])} ;;'
+        for number, (folder, varied) in enumerate(zip(asked.run_dirs, asked.variants, strict=True)):
+            own = [f"run_dir={folder}", *varied, *config_words(asked, folder)]
+            yield f'  {number}) set -- "$@" {shlex.join(own)} ;;'
         yield "esac"
+
+
+def config_words(asked: Submission, folder: str) -> list[str]:
+    """The copies of the --config files as arguments."""
+    return [word for _, copy in asked.config_copies(folder) for word in ("--config", copy)]
 
 
 def variants_of(array: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -1,6 +1,8 @@
 """The starts of a run under Slurm: noted in RUN/slurm/starts.jsonl by each job, read by whoever decides or reports."""
 
 import json
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +10,10 @@ from pathlib import Path
 
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints, step_of
 from trainer.errors import ConfigError
-from trainer.run_folder import JOBS
+from trainer.run_folder import JOBS, job_id
 
 CANCELLED = "cancelled"
-"""In RUN/slurm: `samestep cancel` was here."""
+"""In RUN/slurm: `samestep cancel` was here, and for which job. A marker of another job means nothing."""
 STARTS = "starts.jsonl"
 
 
@@ -20,34 +22,36 @@ class JobStart:
     """One start of a run under Slurm."""
 
     job: str
+    """Its id; ARRAY_TASK for a task of an array."""
     number: int
     """0 for the first start of its job, counted by Slurm; a requeued job keeps its id."""
     step: int
-    """Of the newest checkpoint, when it began."""
+    """Of the newest checkpoint when it began; that of an earlier run where it trains anew."""
     nodes: int
     began: float
     checkpoint_bytes: float
     """Of one checkpoint, as far as is known."""
     log: str
+    git: str | None = None
+    """Revision of the code, with -dirty where files differ from it."""
 
 
 def note_start(folder: Path, checkpoint_bytes: float, environ: Mapping[str, str]) -> JobStart:
     """Append this start to RUN/slurm/starts.jsonl."""
     jobs = folder / JOBS
+    number = int(environ.get("SLURM_RESTART_COUNT", "0"))
+    start = JobStart(
+        job=job_id(environ),
+        number=number,
+        step=newest_step(folder),
+        nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
+        began=time.time(),
+        checkpoint_bytes=checkpoint_bytes,
+        log=f"job-{environ.get('SLURM_JOB_ID', '0')}-start-{number:03d}.log",
+        git=git_revision(),
+    )
     try:
         jobs.mkdir(parents=True, exist_ok=True)
-        job, number = environ.get("SLURM_JOB_ID", "0"), int(environ.get("SLURM_RESTART_COUNT", "0"))
-        start = JobStart(
-            job=job,
-            number=number,
-            step=newest_step(folder),
-            nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
-            began=time.time(),
-            checkpoint_bytes=checkpoint_bytes,
-            log=f"job-{job}-start-{number:03d}.log",
-        )
-        if number == 0:
-            (jobs / CANCELLED).unlink(missing_ok=True)  # of an earlier job
         with (jobs / STARTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(vars(start)) + "\n")
     except OSError as error:
@@ -72,3 +76,19 @@ def read_starts(run: Path) -> list[JobStart]:
 def newest_step(run: Path) -> int:
     """Of the newest checkpoint; 0 without one."""
     return max((step_of(folder) for folder in list_checkpoints(run / CHECKPOINTS)), default=0)
+
+
+def is_cancelled(run: Path, job: str) -> bool:
+    """Whether `samestep cancel` was here for this job."""
+    try:
+        return (run / JOBS / CANCELLED).read_text(encoding="utf-8").strip() == job
+    except OSError:
+        return False
+
+
+def git_revision() -> str | None:
+    """Of the working directory, with -dirty where files differ from it; None outside of git, or without git."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return done.stdout.strip() or None

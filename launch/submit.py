@@ -1,13 +1,13 @@
 """`samestep submit | cancel`: a recipe in a Slurm queue, from the login node; status and logs are in queue.py.
 
-Everything of a submission lies in RUN/slurm: script, submission.json (job, options, git revision), starts.jsonl, a log for each start.
+Everything of a submission lies in RUN/slurm: script, copies of the --config files, submission.json (job, options, git revision),
+starts.jsonl, a log for each start.
 """
 
 import json
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from launch.command import RunOptions, backend_names
-from launch.queue import SUBMISSION, Runs, job_of, queue_state
+from launch.queue import SUBMISSION, Runs, job_of, queue_state, read_submission, starts_of
 from launch.slurm import TEMPLATE, Cluster, Submission, load_cluster, script_text, variants_of
-from launch.starts import CANCELLED
+from launch.starts import CANCELLED, git_revision
+from trainer.config import PRECISIONS
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
 
@@ -27,12 +28,12 @@ def submit(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     *,
     backend: Annotated[str | None, typer.Option(help=f"{', '.join(backend_names())}.")] = None,
-    precision: Annotated[str, typer.Option(help="no (fp32), bf16 or fp16.")] = "no",
+    precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}; no is fp32.")] = "no",
     nodes: Annotated[str, typer.Option(help="A number, or MIN-MAX: as many as there are when it starts.")] = "1",
     gpus_per_node: Annotated[int, typer.Option(min=0, help="One rank for each.")] = 0,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="On nodes without GPUs.")] = 1,
     time_limit: Annotated[str | None, typer.Option("--time", help="Of one start, such as 4:00:00.")] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="That the run may ask for.")] = 20,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Of all kinds.")] = 1000,
     cluster: Annotated[str | None, typer.Option(help="Profile ~/.config/samestep/clusters/NAME.yaml.")] = None,
     array: Annotated[list[str] | None, typer.Option(help="KEY=V1,V2,...: a task for each; may be repeated.")] = None,
     config: Annotated[
@@ -46,9 +47,8 @@ def submit(
 
     Example: samestep submit recipes/lora_sst2.py --backend fsdp --nodes 4 --gpus-per-node 8 --time 4:00:00
     """
-    variants = variants_of(array or ())
-    words = tuple(overrides or ())
-    found = check_settings(RunOptions(recipe, backend, 1, precision, tuple(config or ()), words), variants)
+    variants, words = variants_of(array or ()), tuple(overrides or ())
+    found = settings_of(RunOptions(recipe, configs=tuple(config or ()), overrides=words))
     asked = Submission(
         recipe=recipe,
         name=found.name,
@@ -65,6 +65,7 @@ def submit(
         max_restarts=max_restarts,
         cluster=load_cluster(cluster, Path.home()) if cluster is not None else Cluster(),
     )
+    check_settings(asked)
     script = script_text(asked, TEMPLATE.read_text(encoding="utf-8"))
     if dry_run:
         print(script, end="")
@@ -73,33 +74,58 @@ def submit(
         raise ConfigError(
             "sbatch is not here: submit from a login node of a Slurm cluster, or look at the script with --dry-run"
         )
+    refuse_a_second_job(asked)
     job = submit_script(asked, script)
     print(f"job {job}: {', '.join(asked.run_dirs)}\nsamestep status {asked.run_dirs[0]}")
 
 
-def check_settings(options: RunOptions, variants: Sequence[tuple[str, ...]]) -> Any:
-    """The recipe's settings; of an array each task's are checked. ConfigError with every problem."""
+def settings_of(options: RunOptions) -> Any:
+    """The recipe's settings; with mistakes in them, what is left without."""
     from launch.preflight import try_recipe
 
-    problems: list[str] = []
-    if options.backend is not None and options.backend not in backend_names():
-        problems.append(f"--backend ({options.backend}): must be one of {', '.join(backend_names())}")
-    for words in variants or ((),):
-        attempt = try_recipe(replace(options, overrides=(*options.overrides, *words)), 1)
-        problems += attempt.problems
-    if problems or attempt.resolved is None:
-        raise ConfigError(*dict.fromkeys(problems))
+    attempt = try_recipe(options, 1)
+    if attempt.resolved is None:
+        raise ConfigError(*attempt.problems)
     return attempt.resolved.config
 
 
+def check_settings(asked: Submission) -> None:
+    """What the job will check when it starts; of an array each task's settings. ConfigError with every problem."""
+    from launch.preflight import check_submission
+
+    shared = RunOptions(asked.recipe, asked.backend, None, asked.precision, asked.configs, asked.overrides)
+    tasks = [
+        replace(shared, overrides=(*asked.overrides, f"run_dir={folder}", *words))
+        for folder, words in zip(asked.run_dirs, asked.variants, strict=False)
+    ]
+    check_submission(tasks or [shared], asked.world_sizes(), on_gpus=asked.gpus_per_node > 0)
+
+
+def refuse_a_second_job(asked: Submission) -> None:
+    """ConfigError where a job of this run is still in the queue: two would take each other's folder."""
+    problems = []
+    for folder in map(Path, asked.run_dirs):
+        if not (read_submission(folder) or starts_of(folder)):
+            continue
+        job = job_of(folder)
+        if state := queue_state(job)[0]:
+            problems.append(
+                f"run_dir ({folder}): job {job} of this run is in the queue ({state}); wait for its end, or end it with "
+                f"samestep cancel {folder}; or set name=NEW for another run"
+            )
+    if problems:
+        raise ConfigError(*problems)
+
+
 def submit_script(asked: Submission, script: str) -> str:
-    """Put the script into the run directories, hand it to sbatch, note what was submitted. Returns the job's id."""
+    """Put script and settings files into the run directories, hand the script to sbatch, note what was submitted. Returns the job's id."""
     for folder in asked.run_dirs:
         jobs = Path(folder) / JOBS
         try:
             jobs.mkdir(parents=True, exist_ok=True)
-            (jobs / CANCELLED).unlink(missing_ok=True)
             (jobs / "train.sbatch").write_text(script, encoding="utf-8")
+            for path, copy in asked.config_copies(folder):
+                Path(copy).write_bytes(path.read_bytes())
         except OSError as error:
             raise ConfigError(
                 f"run_dir ({folder}) cannot be written: {error.strerror or error}; set run_dir=PATH"
@@ -112,19 +138,15 @@ def submit_script(asked: Submission, script: str) -> str:
     for number, folder in enumerate(asked.run_dirs):
         facts = {
             "job": f"{job}_{number}" if asked.variants else job,
-            "tasks": asked.run_dirs,
+            "tasks": [str(Path(task).absolute()) for task in asked.run_dirs],
             "varied": asked.variants[number] if asked.variants else (),
             "submitted": time.time(),
             "git": git_revision(),
+            "options": vars(asked) | {"cluster": asked.cluster.model_dump(exclude_unset=True)},
         }
-        (Path(folder) / JOBS / SUBMISSION).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(facts, indent=1, default=str) + "\n"
+        (Path(folder) / JOBS / SUBMISSION).write_text(text, encoding="utf-8")
     return job
-
-
-def git_revision() -> str | None:
-    """Of the working directory, with -dirty where files differ from it; None outside of git."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 def cancel(
@@ -141,7 +163,7 @@ def cancel(
             print(f"{run}: job {job} is not in the queue")
             continue
         (run / JOBS).mkdir(parents=True, exist_ok=True)
-        (run / JOBS / CANCELLED).touch()
+        (run / JOBS / CANCELLED).write_text(job, encoding="utf-8")
         is_saving = state == "RUNNING" and not now
         words = ["scancel", "--batch", "--signal=USR1", job] if is_saving else ["scancel", job]
         done = subprocess.run(words, capture_output=True, text=True)

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer.errors", "trainer.config", "trainer.quiet", "trainer.faults", "trainer.progress"),
-    ("trainer.checkpoint.direct", "trainer.stop"),
+    ("trainer.checkpoint.direct", "trainer.stop", "trainer.run_folder", "trainer.versions"),
     ("trainer.checkpoint.manifest",),
     ("trainer.checkpoint.store", "trainer.checkpoint.state"),
     ("trainer.checkpoint.resume", "trainer.divergence"),
-    ("trainer.backend", "trainer.data", "trainer.run_folder", "trainer.screen", "trainer.plots"),
+    ("trainer.backend", "trainer.data", "trainer.screen", "trainer.plots"),
     ("trainer.model", "trainer.loss", "trainer.metrics", "trainer.entities", "trainer.spans"),
     ("trainer.optim", "trainer.data.classify", "trainer.predict"),
     ("trainer.resolve", "trainer.evaluate", "trainer.log"),
@@ -34,6 +34,7 @@ name counts, so that data.classify, which asks the model for its tokenizer, stan
 BACKEND_NAMES = re.compile(r"fsdp|deepspeed|gloo|(?<![a-z])zero[123]", re.IGNORECASE)
 MAY_NAME_BACKENDS = {
     "trainer/quiet.py",  # names of loggers
+    "trainer/versions.py",  # names of packages
     "trainer/resolve/suggest.py",  # what people write into the wrong file
 }
 """Outside trainer/backend. launch/ is not asked: its options are the backends' names, and it starts another process."""

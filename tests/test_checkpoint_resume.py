@@ -20,6 +20,7 @@ from trainer.config import (
 )
 from trainer.config.section import MayChange
 from trainer.errors import CheckpointError, ConfigError
+from trainer.run_folder import JOB_FILE
 
 MAY_CHANGE = {
     "RunConfig": {"name", "run_dir", "probe"},
@@ -158,6 +159,24 @@ def test_never_and_probes_start_fresh_whatever_is_there(tmp_path: Path) -> None:
     assert decide_start(config(tmp_path / "run", resume="never")).kind == "fresh"
     probe = made.model_copy(update={"probe": ProbeConfig(folder=tmp_path / "probe")})
     assert decide_start(probe).kind == "fresh"
+
+
+def test_never_is_heeded_once_by_a_slurm_job_that_is_restarted(tmp_path: Path) -> None:
+    made = config(tmp_path / "run", resume="never")
+    newest = saved(made)
+    first = {"SLURM_JOB_ID": "7"}
+    again = first | {"SLURM_RESTART_COUNT": "1"}
+    assert (
+        decide_start(made, again).kind == "fresh"
+    )  # the earlier start died before it began the run: this one is older
+    (made.folder / JOB_FILE).write_text("6")
+    assert decide_start(made, again).kind == "fresh"
+    (made.folder / JOB_FILE).write_text("7")
+    assert decide_start(made, again).checkpoints == (newest,)
+    assert decide_start(made, first).kind == "fresh"
+    assert decide_start(made, {}).kind == "fresh"
+    end(made, "finished")
+    assert decide_start(made, again).kind == "finished"
 
 
 def test_a_path_starts_another_run_from_a_checkpoint(tmp_path: Path) -> None:

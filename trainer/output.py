@@ -27,7 +27,7 @@ from trainer.model.methods import METHODS
 from trainer.model.vocabulary import tokenizer_files
 from trainer.plots import plot_curves
 from trainer.resolve import config_to_yaml
-from trainer.run_folder import INFO_FILE
+from trainer.run_folder import INFO_FILE, JOB_FILE, job_id
 from trainer.task import Evaluation, Task
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class RunOutput:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / OUTCOME).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
+        if self.is_fresh and (job := job_id(os.environ)):
+            (self.folder / JOB_FILE).write_text(job, encoding="utf-8")
 
     def describe_backend(self) -> str:
         """What is about to run, and on how much of the machine."""

@@ -4,6 +4,7 @@ Place in the flow: training writes such folders (trainer/log.py, trainer/output.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ RUN_FILES = ("config.yaml", "metrics.jsonl")
 
 JOBS = "slurm"
 """Subfolder that holds what Slurm jobs leave: script, starts, logs. It stays where it is when an earlier run is moved aside."""
+
+JOB_FILE = "job.txt"
+"""The Slurm job that began this run."""
 
 MODEL_FOLDER = "model"
 """Subfolder of a run directory that holds the exported model or adapter."""
@@ -85,6 +89,17 @@ def _labels_of_head(folder: Path) -> list[str]:
     if not heads:
         raise CheckpointError(f"{file} holds no classification head; save it with the adapter (PEFT's modules_to_save)")
     return [f"LABEL_{number}" for number in range(heads[-1][0])]
+
+
+def job_id(environ: Mapping[str, str]) -> str:
+    """Of the Slurm job that this process runs in; empty outside of one.
+
+    ARRAY_TASK for a task of an array: its SLURM_JOB_ID is the whole array's for one of the tasks, on which scontrol and scancel
+    would act all at once.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID", "")
 
 
 def is_run(path: Path) -> bool:

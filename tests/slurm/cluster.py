@@ -1,4 +1,7 @@
-"""A private Slurm cluster on this machine: two nodes, no munge, nothing outside one folder. Started for the tests, and stopped by them."""
+"""A private Slurm cluster on this machine: two nodes, no munge, nothing outside one folder. Started for the tests, and stopped by them.
+
+Two more nodes claim GPUs, so that Slurm judges scripts that ask for some; nothing runs on them.
+"""
 
 import os
 import shutil
@@ -10,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "g1", "g2")
 FAILED = {"FAILED", "NODE_FAIL", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 CONFIGURATION = """
 ClusterName=samestep
@@ -34,12 +37,17 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=0
 MpiDefault=none
+GresTypes=gpu
+SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 KillWait=10
 MinJobAge=600
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_1} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=2 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} CPUs=2 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
+NodeName=g1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=65536 Gres=gpu:8 State=UNKNOWN
+NodeName=g2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=8 RealMemory=65536 Gres=gpu:8 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=gpu Nodes=g1,g2 MaxTime=INFINITE State=UP
 """
 
 
@@ -61,6 +69,7 @@ class Cluster:
         self.folder = folder
         self.environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.began = self.last_used = time.monotonic()
 
     def run(self, *words: str, cwd: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
         """What a command prints; it must succeed."""
@@ -112,16 +121,13 @@ class Cluster:
 def running_cluster(folder: Path) -> Iterator[Cluster]:
     """Two nodes, up and idle; everything is stopped at the end, running jobs too."""
     (folder / "state").mkdir(parents=True)
-    ports = free_ports(3)
-    text = CONFIGURATION.format(
-        host=socket.gethostname(),
-        user=os.environ.get("USER", "root"),
-        folder=folder,
-        port=ports[0],
-        port_1=ports[1],
-        port_2=ports[2],
-    )
+    port, *ports = free_ports(1 + len(NODES))
+    user = os.environ.get("USER", "root")
+    text = CONFIGURATION.format(host=socket.gethostname(), user=user, folder=folder, port=port, ports=ports)
     (folder / "slurm.conf").write_text(text)
+    for number in range(8):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"NodeName=g[1-2] Name=gpu File={folder}/gpu[0-7]\n")
     cluster = Cluster(folder)
     controller = ["slurmctld", "-D", "-f", str(folder / "slurm.conf")]
     cluster.daemons["slurmctld"] = subprocess.Popen(
@@ -136,8 +142,8 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
             time.sleep(0.3)
         yield cluster
     finally:
-        subprocess.run(["scancel", "--full", "--state=RUNNING"], env=cluster.environ, capture_output=True)
-        subprocess.run(["scancel", "--signal=KILL", "--full"], env=cluster.environ, capture_output=True)
+        for words in (["--state=PENDING"], ["--signal=KILL", "--full"]):
+            subprocess.run(["scancel", f"--user={user}", *words], env=cluster.environ, capture_output=True)
         time.sleep(1)
         for name in list(cluster.daemons):
             cluster.stop(name)

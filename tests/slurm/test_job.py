@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -9,17 +12,19 @@ from typing import Any
 
 import pytest
 
+from launch.cli import main
 from launch.job import decide
 from launch.node_check import EXIT_CODE, Node, check_nodes, problems_of
-from launch.queue import last_metrics, time_left, total_steps
 from launch.starts import CANCELLED, JobStart, newest_step, note_start, read_starts
 from tests.slurm.cluster import free_ports
+from tests.tiny import tiny_bert, tiny_sentences
 from trainer.checkpoint.resume import OUTCOME
 from trainer.checkpoint.store import CHECKPOINTS, step_name
+from trainer.config import RunConfig, TrainConfig
 from trainer.errors import ConfigError
 from trainer.log import start_run_folder
 from trainer.run_folder import JOBS
-from trainer.stop import SPARE_S, STOP_FILE, Deadline
+from trainer.stop import END_TIME, SPARE_S, STOP_FILE, Deadline, StopRequest
 
 START = JobStart(job="7", number=0, step=0, nodes=2, began=0.0, checkpoint_bytes=0.0, log="x.log")
 
@@ -49,6 +54,7 @@ def make_run(folder: Path, *, outcome: str | None, step: int) -> Path:
         (None, 0, 1, 0, "RUNNING", "stuck"),
         (None, 6, 2, 6, "NODE_FAIL", "stuck"),
         (None, 6, 2, 4, "NODE_FAIL", "requeue"),
+        (None, 4, 2, 6, "RUNNING", "requeue"),  # begun anew
         (None, 6, 20, 4, "RUNNING", "stuck"),  # the cap
     ],
 )
@@ -60,7 +66,9 @@ def test_what_training_left_decides_whether_there_is_another_start(
     starts = [replace(START, number=number, step=before)]
     found, why = decide(run, starts, max_restarts=20, job_state=state)
     assert found == verdict, why
-    (run / JOBS / CANCELLED).touch()
+    (run / JOBS / CANCELLED).write_text("6")  # another job
+    assert decide(run, starts, max_restarts=20, job_state=state) == (found, why)
+    (run / JOBS / CANCELLED).write_text("7")
     found, why = decide(run, starts, max_restarts=20, job_state=state)
     assert found == ("finished" if outcome == "finished" else "cancelled"), why
 
@@ -74,6 +82,64 @@ def test_a_start_is_noted_and_read_back(tmp_path: Path) -> None:
     assert (first.job, first.number, first.nodes) == ("30", 0, 1)
     assert (second.job, second.number, second.step, second.nodes) == ("31", 2, 9, 4)
     assert read_starts(run) == [first, second]
+    assert first.git == second.git
+    assert len((first.git or "").removesuffix("-dirty")) == 40
+    line = (run / JOBS / "starts.jsonl").read_text().splitlines()[0]
+    older = {name: value for name, value in json.loads(line).items() if name != "git"}
+    (run / JOBS / "starts.jsonl").write_text(json.dumps(older) + "\n")
+    assert read_starts(run) == [replace(first, git=None)]
+
+
+def test_a_task_of_an_array_goes_by_its_own_id_and_logs_by_the_one_that_no_other_task_has(tmp_path: Path) -> None:
+    environ = {"SLURM_JOB_ID": "40", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2"}
+    start = note_start(tmp_path, 1.0, environ)
+    assert (start.job, start.log) == ("40_2", "job-40-start-000.log")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """Arguments for `job begin` of a tiny run."""
+    tiny_bert(tmp_path / "model")
+    tiny_sentences(tmp_path / "data.csv", rows=32)
+    recipe = tmp_path / "loud.py"
+    recipe.write_text("print('a recipe that prints')\n" + Path("recipes/lora_sst2.py").read_text())
+    settings = {"run_dir": tmp_path / "run", "model.source": tmp_path / "model", "data.source": tmp_path / "data.csv"}
+    return [str(recipe), *(f"{name}={value}" for name, value in settings.items())]
+
+
+def begin(*words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["job", "begin", "1", *words])
+    assert not ended.value.code
+
+
+def test_a_job_begins_with_three_lines_and_without_what_earlier_starts_left(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = make_run(tmp_path / "run", outcome="failed", step=0)
+    (run / STOP_FILE).touch()
+    (run / JOBS / CANCELLED).write_text("6")
+    begin(*words)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        str(run),
+        str(run / JOBS / "job-7-start-000.log"),
+        str(Path("accelerate_configs/single.yaml").resolve()),
+    ]
+    assert "a recipe that prints" in printed.err
+    assert not (run / OUTCOME).exists()
+    assert not (run / STOP_FILE).exists()
+    assert (run / JOBS / CANCELLED).read_text() == "6"
+
+    (run / JOBS / CANCELLED).write_text("7")  # cancelled while it starts
+    (run / OUTCOME).write_text(json.dumps({"outcome": "finished", "step": 9}))
+    begin(*words)
+    assert (run / OUTCOME).exists()  # there is nothing to do, so nothing will write it again
+    assert (run / STOP_FILE).exists()
+    assert decide(run, read_starts(run)[:1], max_restarts=9, job_state="RUNNING")[0] == "finished"
+    (run / OUTCOME).unlink()
+    assert decide(run, read_starts(run)[:1], max_restarts=9, job_state="RUNNING")[0] == "cancelled"
 
 
 def read_starts_or_none(run: Path) -> list[JobStart] | None:
@@ -129,24 +195,30 @@ def test_missing_nodes_and_a_full_disk_are_named() -> None:
     assert "954 MiB are free for checkpoints, and two need 1,907" in problems[1]
 
 
+def check_on(run: Path, numbers: tuple[int, ...], *, count: int, limit_s: float) -> dict[int, int]:
+    """The exit codes of the check on these nodes of a job on `count`, at once."""
+    codes: dict[int, int] = {}
+    (port,) = free_ports(1)
+
+    def check(number: int) -> None:
+        environ = {"SLURM_NODEID": str(number), "SLURM_JOB_NUM_NODES": str(count)}
+        codes[number] = check_nodes(run, "127.0.0.1", port, ranks_per_node=1, environ=environ, limit_s=limit_s)
+
+    threads = [Thread(target=check, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return codes
+
+
 @pytest.mark.parametrize("needed", [1.0, 1e18])
 def test_nodes_find_each_other_through_the_run_directory(
     needed: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run", outcome=None, step=0)
     note_start(run, needed, {})
-    codes: dict[int, int] = {}
-    (port,) = free_ports(1)
-
-    def check(number: int) -> None:
-        environ = {"SLURM_NODEID": str(number), "SLURM_JOB_NUM_NODES": "3"}
-        codes[number] = check_nodes(run, "127.0.0.1", port, ranks_per_node=1, environ=environ)
-
-    threads = [Thread(target=check, args=(number,)) for number in (2, 0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    codes = check_on(run, (2, 0, 1), count=3, limit_s=50.0)
     fits = needed == 1.0
     assert codes == dict.fromkeys(range(3), 0 if fits else EXIT_CODE)
     printed = capsys.readouterr().out
@@ -154,6 +226,46 @@ def test_nodes_find_each_other_through_the_run_directory(
     assert ("all 3 node(s) are ready" in printed) == fits
     skews = [abs(float(line.split()[-2])) for line in printed.splitlines()[1:4]]
     assert max(skews) < 1.0  # one clock
+
+
+def test_a_node_that_is_absent_is_named_by_the_others_in_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", outcome=None, step=0)
+    note_start(run, 1.0, {})
+    began = time.monotonic()
+    codes = check_on(run, (0, 2), count=3, limit_s=4.0)
+    assert time.monotonic() - began < 8.0
+    assert codes == {0: EXIT_CODE, 2: EXIT_CODE}
+    printed = capsys.readouterr().out
+    assert "node(s) 1 of 3 did not answer" in printed
+    assert [line.split()[0] for line in printed.splitlines()[:3]] == ["node", "0", "2"]
+
+
+def unshare(jobs: Path) -> None:
+    """As where the run directory is another node's own."""
+    shutil.rmtree(jobs)
+
+
+def block(jobs: Path) -> None:
+    """As where nothing can be made in it."""
+    (jobs / "check-7-000").rmdir()
+    (jobs / "check-7-000").touch()
+
+
+@pytest.mark.parametrize("spoil", [unshare, block])
+def test_a_node_that_cannot_use_the_run_directory_says_so_itself(
+    spoil: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    run = make_run(tmp_path / "run", outcome=None, step=0)
+    note_start(run, 1.0, {"SLURM_JOB_ID": "7"})
+    (run / JOBS / "check-7-000").mkdir()
+    spoil(run / JOBS)
+    assert check_on(run, (1,), count=2, limit_s=1.0) == {1: EXIT_CODE}
+    printed = capsys.readouterr().out
+    assert f"error: node 1 (n7) cannot use {run / JOBS}" in printed
+    assert "set run_dir=PATH" in printed
 
 
 def test_a_run_stops_while_there_is_time_for_a_step_and_a_save() -> None:
@@ -169,11 +281,10 @@ def test_a_run_stops_while_there_is_time_for_a_step_and_a_save() -> None:
     assert not Deadline({"SAMESTEP_END_TIME": "soon"}, save_s=lambda: 1.0).is_near(1e12)
 
 
-def test_status_knows_steps_and_time_left_from_the_run_directory(tmp_path: Path) -> None:
-    lines = [{"step": 10, "epoch": 0.5, "train/loss": 0.7, "samples_per_s": 40.0}, {"step": 10, "eval/loss": 0.6}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "config.yaml").write_text("train: {num_epochs: 3, max_steps: null, global_batch_size: 8}\n")
-    line = last_metrics(tmp_path)
-    assert line == lines[0]
-    assert total_steps(tmp_path) == 60
-    assert time_left(tmp_path, line, 10, 60) == "0:00:10"
+def test_a_run_asks_to_stop_when_its_jobs_end_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(name="r", run_dir=tmp_path, train=TrainConfig(num_epochs=3))
+    for seconds, is_near in ((3600, False), (SPARE_S - 1, True)):
+        monkeypatch.setenv(END_TIME, str(int(time.time() + seconds)))
+        request = StopRequest(config, is_main=True)
+        assert request.seen() == is_near
+        request.close()

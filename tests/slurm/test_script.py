@@ -2,16 +2,20 @@
 
 import itertools
 import json
+import shlex
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from launch.cli import main
 from launch.slurm import MARK, TEMPLATE, Cluster, Submission, lead_s, load_cluster, script_text, variants_of
+from trainer.data.assets import cache_folder
 from trainer.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -81,7 +85,7 @@ def test_options_of_sbatch_come_before_the_first_command() -> None:
 HOSTILE = ("a\nb", "a;b", "$(touch x)", "`touch x`", "a b", "a'b", 'a"b', "a\\b", "-x", "", "a#b", "a%b", "é")
 
 
-@pytest.mark.parametrize("field", ["recipe", "run_dir", "nodes", "time_limit"])
+@pytest.mark.parametrize("field", ["recipe", "run_dir", "nodes", "time_limit", "name", "backend", "precision"])
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_names_are_refused(field: str, text: str) -> None:
     asked = Submission(**{**vars(PLAIN), field: Path(text) if field == "recipe" else text})
@@ -92,7 +96,8 @@ def test_hostile_names_are_refused(field: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["partition", "account", "qos", "constraint", "reservation", "memory", "container_image"]
+    "field",
+    ["partition", "account", "qos", "constraint", "reservation", "memory", "container_image", "container_mounts"],
 )
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_profiles_are_refused(field: str, text: str, tmp_path: Path) -> None:
@@ -114,6 +119,45 @@ def test_profiles_with_mistakes_are_refused(text: str, tmp_path: Path) -> None:
         load_cluster("here", tmp_path)
     with pytest.raises(ConfigError, match="profiles there: here"):
         load_cluster("there", tmp_path)
+
+
+@pytest.mark.parametrize("field", ["modules", "cpus_per_rank", "environment"])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_words_in_a_profile_are_refused_or_quoted(field: str, text: str) -> None:
+    try:
+        made = {"modules": (text,), "cpus_per_rank": text, "environment": {"A": text}}[field]
+        script = script_of(replace(PLAIN, cluster=Cluster.model_validate({field: made})))
+    except (ValidationError, ConfigError):
+        return
+    assert f"export A={shlex.quote(text)}" in script.splitlines()
+
+
+@pytest.mark.parametrize("field", ["name", "precision"])
+def test_unknown_words_of_other_options_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=r"precision \('fp17'\): must be one of no|name \('-fp17'\)"):
+        script_of(replace(PLAIN, **{field: "fp17" if field == "precision" else "-fp17"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        *dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "TOKEN"), True).items(),
+        *dict.fromkeys(("TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "HF_HOME", "MAX_TOKENS", "KEYS"), False).items(),
+    ],
+)
+def test_secrets_do_not_stand_in_scripts(name: str, is_secret: bool) -> None:
+    asked = replace(PLAIN, cluster=Cluster(environment={name: "hf_hidden"}))
+    if not is_secret:
+        assert f"export {name}=hf_hidden\n" in script_of(asked)
+        return
+    with pytest.raises(ConfigError, match=f"export {name}") as refused:
+        script_of(asked)
+    assert "hf_hidden" not in str(refused.value)
+
+
+def test_mounts_without_an_image_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no effect without container_image"):
+        script_of(replace(PLAIN, cluster=Cluster(container_mounts="/a:/b")))
 
 
 printable = st.text(
@@ -201,12 +245,24 @@ def test_without_slurm_the_script_is_shown_and_submitting_says_what_is_missing(
         (["optim.peek_lr=1"], "did you mean `optim.peak_lr`"),
         (["--array", "optim.peak_lr=1e-3,high"], "optim.peak_lr"),
         (["--nodes", "many"], "--nodes ('many'): must be a number or MIN-MAX"),
+        (["--precision", "fp17"], "--precision (fp17): must be one of no, bf16, fp16"),
+        (["--precision", "no; touch x"], "--precision (no; touch x): must be one of"),
+        (["--precision", "fp16", "--nodes", "2"], "needs a GPU"),
+        (["--backend", "single", "--nodes", "1-2"], "--backend single runs one process, and 2 were asked for"),
+        (["--backend", "ddp", "--nodes", "1-2"], "--backend (ddp): on CPU it needs at least 2 processes"),
+        (
+            ["--nodes", "8", "--gpus-per-node", "8"],
+            "train.global_batch_size (32) is smaller than the number of processes (64)",
+        ),
+        (["data.source=nothing.csv"], "nothing.csv"),
+        (["--array", "data.source=asset:sst,nothing.csv"], "nothing.csv"),
         (["--cluster", "moon"], "--cluster ('moon'): there is no"),
     ],
 )
 def test_mistakes_are_found_on_the_login_node(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("SAMESTEP_CACHE", str(cache_folder()))
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SystemExit) as ended:
         main(["submit", "recipes/lora_sst2.py", "--dry-run", *words])

@@ -5,7 +5,7 @@ Place in the flow: `build_accelerator` first (request.py reads what the launcher
 Invariant: the backend that was asked for runs, or a BackendError says why not. There is no fallback.
 """
 
-from trainer.backend.build import agree_on_start, build_accelerator, build_engine, library_versions
+from trainer.backend.build import agree_on_start, build_accelerator, build_engine
 from trainer.backend.engine import Engine
 from trainer.backend.heartbeat import Heartbeat
 from trainer.backend.pieces import WEIGHT, Piece
@@ -20,5 +20,4 @@ __all__ = [
     "agree_on_start",
     "build_accelerator",
     "build_engine",
-    "library_versions",
 ]

@@ -1,7 +1,6 @@
 """From the request to a running Accelerator, and from model and optimizer to a verified Engine. All ranks call both."""
 
 import ctypes
-import importlib.metadata
 import os
 
 import torch
@@ -128,12 +127,6 @@ def verify_accelerator(accelerator: Accelerator, request: Request) -> None:
             f"the launcher started {request.world_size} processes, but this process group has {accelerator.num_processes}; "
             "start through `samestep run` or `accelerate launch`, and check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
         )
-
-
-def library_versions() -> dict[str, str]:
-    """Of samestep and of what decides its numbers."""
-    names = ("samestep", "torch", "accelerate", "transformers", "peft", "deepspeed")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _prepare_cpu_process_group(request: Request) -> None:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trainer.backend import Engine, Piece, SideGroup, library_versions
+from trainer.backend import Engine, Piece, SideGroup
 from trainer.checkpoint import store
 from trainer.checkpoint.belongs import check_blocks, check_identity, check_names, check_ranks
 from trainer.checkpoint.manifest import STATE, Manifest, checksum, read_manifest
@@ -34,6 +34,7 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError, DivergedError
 from trainer.model.methods import METHODS
 from trainer.progress import Progress
+from trainer.versions import library_versions
 
 SLOW_DISK = 50e6
 """Bytes per second of one rank."""

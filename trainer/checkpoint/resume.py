@@ -4,7 +4,8 @@ One process decides and tells the others. A setting that would change what is tr
 (`may_change`, marked in config.py) may differ from start to start.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,15 @@ from trainer.checkpoint.manifest import MANIFEST, STATE, read_json
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
 from trainer.config import RunConfig, may_change
 from trainer.errors import CheckpointError, ConfigError
+from trainer.run_folder import JOB_FILE, job_id
 
 OUTCOME = "outcome.json"
 LENGTH = ("train.num_epochs", "train.max_steps")
 """What `train.extend` allows to grow."""
+
+
+WORDS = ("auto", "never")
+"""That train.resume knows; anything else is a path."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,14 @@ class Start:
     """For the log."""
 
 
-def decide_start(config: RunConfig) -> Start:
+def decide_start(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Start:
     """How the run of these settings begins. ConfigError or CheckpointError where it must not."""
-    if config.probe is not None or config.train.resume == "never":
+    is_anew = config.train.resume == "never" and not was_begun_by_this_job(config.folder, environ)
+    if config.probe is not None or is_anew:
         return Start("fresh")
     own = tuple(list_checkpoints(config.folder / CHECKPOINTS))
     outcome = read_outcome(config.folder)
-    if not own and outcome is None and config.train.resume != "auto":
+    if not own and outcome is None and config.train.resume not in WORDS:
         return start_from_path(config, Path(config.train.resume))
     if not own and outcome is None:
         return Start("fresh")
@@ -49,6 +56,15 @@ def decide_start(config: RunConfig) -> Start:
     if not own:
         return Start("fresh")
     return Start("continue", own, words="; ".join(filter(None, [words, words_on_path(config, own)])))
+
+
+def was_begun_by_this_job(folder: Path, environ: Mapping[str, str]) -> bool:
+    """Whether this is a restarted Slurm job, and an earlier start of it began the run here: `never` was heeded then."""
+    try:
+        is_restarted = environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        return is_restarted and (folder / JOB_FILE).read_text(encoding="utf-8") == job_id(environ)
+    except OSError:
+        return False
 
 
 def start_from_path(config: RunConfig, path: Path) -> Start:
@@ -61,7 +77,7 @@ def start_from_path(config: RunConfig, path: Path) -> Start:
 
 def words_on_path(config: RunConfig, own: tuple[Path, ...]) -> str:
     """What becomes of train.resume=PATH in a run that has checkpoints. ConfigError for an older one of them."""
-    if config.train.resume == "auto":
+    if config.train.resume in WORDS:
         return ""
     path = Path(config.train.resume).resolve()
     if path in [folder.resolve() for folder in own[1:]]:

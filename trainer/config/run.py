@@ -153,8 +153,8 @@ class TrainConfig(Section):
     keep_last: Annotated[int, Field(ge=2), MayChange] = 2
     """Newest checkpoints to keep. That of the best step, where it was saved, and any with a file NAME.keep beside it are kept too."""
     resume: Annotated[str, MayChange] = "auto"
-    """`auto`: continue where the run directory's newest good checkpoint ends; `never`: start anew, the earlier run is moved aside;
-    or the path of a checkpoint or run directory to start from."""
+    """`auto`: continue where the run directory's newest good checkpoint ends; `never`: start anew, the earlier run is moved aside (a
+    Slurm job does so once, and continues when it is restarted); or the path of a checkpoint or run directory to start from."""
     extend: Annotated[bool, MayChange] = False
     """Let a continued run be longer than it was (`num_epochs` or `max_steps`); the schedule follows the new length."""
     log_every: Annotated[PositiveInt, MayChange] = 10

@@ -1,0 +1,51 @@
+"""One cluster for all tests of this folder that need it, and one run that nothing happened to."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, running_cluster, why_not_here
+from tests.slurm.runs import ROOT, settings
+from tests.tiny import tiny_bert, tiny_sentences
+
+LIMIT_S = 600
+"""For all tests on the cluster together."""
+
+
+@pytest.fixture(scope="session")
+def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = why_not_here()
+    if reason and os.environ.get("SAMESTEP_NEEDS_SLURM"):  # set by .ci/run
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as started:
+        yield started
+    took = started.last_used - started.began
+    assert took < LIMIT_S, f"the tests on the cluster took {took:.0f} s, and have {LIMIT_S}"
+
+
+@pytest.fixture
+def cluster(started_cluster: Cluster) -> Iterator[Cluster]:
+    yield started_cluster
+    started_cluster.last_used = time.monotonic()
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_bert(folder / "model")
+    tiny_sentences(folder / "data.csv", rows=96)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(started_cluster: Cluster, root: Path) -> Path:
+    """A run that nothing happened to, by `sbatch slurm/train.sbatch` as it stands, ddp over two nodes."""
+    run = root / "whole"
+    words = ["--parsable", "--nodes=2", f"--output={root / 'whole.out'}", "slurm/train.sbatch", "recipes/lora_sst2.py"]
+    started_cluster.wait(started_cluster.run("sbatch", *words, *settings(root, run), cwd=ROOT).strip())
+    return run
