@@ -70,8 +70,7 @@ class Checkpointer:
         )
         self.snapshots = Snapshots()
         self.saved_step = -1
-        self.rank_state = b""
-        """The task's, of the checkpoint that was restored last."""
+        self.rank_state = b""  # the task's, of the checkpoint that was restored last
 
     # Saving
 
