@@ -59,7 +59,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 def count_buckets(model: Any) -> int:
     """Into how many parts a gradient is cut for its reduction over ranks: those of DDP, or as many as DeepSpeed's bucket size makes."""
     if hasattr(model, "_get_ddp_logging_data"):
-        return len(model._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))  # from the second step on
+        return len(
+            model._get_ddp_logging_data().get("rebuilt_bucket_sizes", "").split(",")
+        )  # rebuilt in the first steps
     size = getattr(getattr(model, "optimizer", None), "reduce_bucket_size", None)
     return 1 if size is None else -(-sum(p.numel() for p in model.parameters()) // int(size))
 
