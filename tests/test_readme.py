@@ -16,6 +16,7 @@ from launch.command import RunOptions
 from launch.parity_plan import plan_parity
 from launch.preflight import check_parity
 from tests.support_matrix import MARK, matrix
+from trainer.data.assets import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,6 +104,7 @@ def test_other_lines_name_real_options(command: str) -> None:
 def test_submitted_lines_make_a_script(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Those with sbatch itself run in tests/slurm."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SAMESTEP_CACHE", str(cache_folder()))
     monkeypatch.setenv("HOME", str(tmp_path))
     profiles = tmp_path / ".config" / "samestep" / "clusters"
     profiles.mkdir(parents=True)
