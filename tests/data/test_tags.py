@@ -194,6 +194,7 @@ def test_names_of_a_file_are_those_it_defines_and_imports(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_the_standard_library_gives_thousands_of_checked_sentences() -> None:
     raw = read_tags(TagData())
     assert raw.tag_names[1::2] == ("B-ARGUMENT", "B-CLASS", "B-FUNCTION", "B-MODULE")
