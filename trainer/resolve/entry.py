@@ -20,6 +20,8 @@ from trainer.resolve.show import config_with_sources, help_text
 
 WAIT_FOR_RANK_0_S = 10.0
 """More than the starts of two ranks differ on a loaded machine. The launcher cuts it short when rank 0 has printed."""
+LET_GO_S = 0.5
+"""A thread needs microseconds for it, once it is its turn."""
 
 
 def run_recipe(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Sequence[str] | None = None) -> None:
@@ -105,7 +107,12 @@ def _rank() -> int:
 
 
 def _leave_process_group() -> None:
-    """Without this torch complains at exit."""
+    """Without this torch complains at exit.
+
+    gloo's threads still hold the tensors of their last collectives. One that lets go of them while Python ends has no Python left to ask
+    and ends the process with SIGABRT (pytorch#190489; seen under FSDP2, 3 of about 25 starts), so they get the time to do it before.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(LET_GO_S)
