@@ -3,16 +3,21 @@
 Exit codes: 0 fine, 2 a mistake in the command or input, 3 a damaged dataset.
 """
 
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import tokenizers
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from trainer.data.added_tokens import add_tokens
 from trainer.data.assets import asset_path
 from trainer.data.stream.adopt import adopt as adopt_folder
 from trainer.data.stream.packing import make_plan, padding_of
@@ -38,6 +43,9 @@ def tokenize(
     *,
     output: Annotated[Path, typer.Option(help="Folder of the dataset; must not hold one.")],
     tokenizer: TokenizerOption,
+    added_tokens: Annotated[
+        Path | None, typer.Option(help="Words that are one token each, as `data vocabulary --output` writes them.")
+    ] = None,
     eos: EosOption = None,
     column: Annotated[str, typer.Option(help="Column of JSON lines, Parquet and datasets.")] = "text",
     subset: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
@@ -52,7 +60,8 @@ def tokenize(
     """
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    with extended_tokenizer(tokenizer_path(tokenizer), added_tokens) as file, bars as bar:
         task = bar.add_task("tokenizing", total=None)
 
         def watch(tally: Tally) -> None:
@@ -65,7 +74,7 @@ def tokenize(
         manifest = tokenize_documents(
             inputs,
             output,
-            tokenizer_path(tokenizer),
+            file,
             eos=eos,
             column=column,
             subset=subset,
@@ -144,6 +153,21 @@ def tokenizer_path(name: str) -> Path:
             f"--tokenizer ({name}): there is no {path}; give a tokenizer.json, a folder that holds one, or asset:NAME"
         )
     return path
+
+
+@contextmanager
+def extended_tokenizer(file: Path, added_tokens: Path | None) -> Iterator[Path]:
+    """The tokenizer.json, or for as long as it is needed one with further tokens."""
+    if added_tokens is None:
+        yield file
+        return
+    describe_tokenizer(file, None)  # raises where it is none
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    add_tokens(tokenizer, added_tokens, "--added-tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        extended = Path(folder) / "tokenizer.json"
+        tokenizer.save(str(extended))
+        yield extended
 
 
 def summary(manifest: DatasetManifest) -> str:

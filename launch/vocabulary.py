@@ -107,4 +107,4 @@ def write_words(output: Path, words: list[str]) -> None:
         output.write_text("\n".join(words) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output ({output}): cannot be written: {error.strerror}; give another path") from None
-    print(f"wrote {output}; train with model.added_tokens={output}")
+    print(f"wrote {output}; train with model.added_tokens={output}, tokenize with --added-tokens {output}")

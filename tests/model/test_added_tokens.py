@@ -10,11 +10,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from launch.cli import main
 from tests.distributed.resume_runs import start
 from tests.tiny import tiny_bert, tiny_sentences
+from trainer.backend import build_accelerator
 from trainer.checkpoint.export import export_checkpoint
-from trainer.config import ClassificationData, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.config import ClassificationData, LoraConfig, ModelConfig, OptimConfig, RunConfig, StreamData, TrainConfig
 from trainer.errors import ConfigError
 from trainer.model.architecture import load_tokenizer
 from trainer.model.methods import check_method
+from trainer.task import build_task
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_an_added_word_is_one_token_that_is_trained_saved_and_exported(root: Pat
 def test_a_new_row_starts_as_the_mean_of_its_pieces(root: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
-    from trainer.model.added_tokens import grow_embeddings
+    from trainer.model.load import grow_embeddings
 
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     model = BertForMaskedLM(BertConfig.from_pretrained(root / "model"))
@@ -114,22 +116,57 @@ def test_methods_that_freeze_the_embeddings_are_refused(root: Path) -> None:
 def test_words_that_cost_most_are_proposed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = root / "text.txt"
     text.write_text("Tokenizers cut tokenizers; the film cut 12 3d films.", encoding="utf-8")
-    with pytest.raises(SystemExit) as done:
-        main(
-            [
-                "data",
-                "vocabulary",
-                str(text),
-                "--tokenizer",
-                "asset:minilm",
-                "--add",
-                "1",
-                "--output",
-                str(root / "out.txt"),
-            ]
-        )
-    assert done.value.code == 0
+    run_data("vocabulary", str(text), "--tokenizer", "asset:minilm", "--add", "1", "--output", str(root / "out.txt"))
     said = capsys.readouterr().out
     assert (root / "out.txt").read_text() == "tokenizers\n"
     assert "7 words, 5 of them different: 1.571 subwords per word, 71.4% kept whole" in said
     assert "with 1 tokens more: 1.000 subwords per word" in said
+
+
+def test_words_of_a_domain_go_from_text_to_pretraining(root: Path) -> None:
+    """Tokenized and trained with the same file, the word is one token of the dataset, and its row learns from it."""
+    base = AutoTokenizer.from_pretrained(root / "model")
+    text, tokens = root / "text.txt", words(root, "unbelievable")
+    text.write_text("good film unbelievable the unbelievable\n" * 40, encoding="utf-8")
+    model = ("--tokenizer", str(root / "model"))
+    made = ("--output", str(root / "tokens"), *model, "--eos", "[SEP]")
+    run_data("tokenize", str(text), *made, "--added-tokens", str(tokens))
+    run_data("tokenize", str(text), "--output", str(root / "plain"), *model, "--eos", "[SEP]")
+    run = make_config(root, tokens).model_copy(
+        update={
+            "model": ModelConfig(source=str(root / "model"), task="mlm", added_tokens=tokens),
+            "data": StreamData(
+                objective="mlm",
+                sources=(str(root / "tokens"),),
+                validation=str(root / "tokens"),
+                sequence_length=16,
+                isolate=False,
+                max_epochs=9,
+                cache=root / "cache",
+            ),
+            "train": TrainConfig(max_steps=2, global_batch_size=4, metric="loss"),
+        }
+    )
+    seen = start(run, "single", 1)
+    assert seen is not None
+    assert seen[0]["error"] is None
+    new = AutoModel.from_pretrained(root / "run" / "model").get_input_embeddings().weight.detach()[len(base)]
+    before = AutoModel.from_pretrained(root / "model").get_input_embeddings().weight.detach()[base.unk_token_id]
+    assert float((new - before).abs().max()) > 1e-4
+    plain = run.data.model_copy(update={"sources": (str(root / "plain"),), "validation": str(root / "plain")})
+    other = run.model_copy(update={"data": plain, "run_dir": root / "other"})
+    with pytest.raises(ConfigError, match=rf"another tokenizer .* --added-tokens {tokens}"):
+        build_task(other, build_accelerator(other))
+
+
+def test_words_that_the_tokenizer_has_are_refused_by_tokenize(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = words(root, "good")
+    made = ("--output", str(root / "tokens"), "--tokenizer", str(root / "model"), "--added-tokens", str(file))
+    run_data("tokenize", str(root / "data.csv"), *made, code=2)
+    assert f"--added-tokens ({file}): the tokenizer has good already" in capsys.readouterr().err
+
+
+def run_data(*arguments: str, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["data", *arguments])
+    assert done.value.code == code

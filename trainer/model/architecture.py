@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from trainer.config import ModelConfig, Target
+from trainer.data.added_tokens import add_tokens
 from trainer.errors import ConfigError
-from trainer.model.added_tokens import add_tokens
 from trainer.model.pooled_head import check_pooling, pooled_class
 
 AUTO_MODELS: dict[str, Any] = {
@@ -165,9 +165,13 @@ def set_vocabulary(architecture: PretrainedConfig, model: ModelConfig, vocab_siz
     """That of the data's tokenizer, for new weights; pretrained ones must know every token."""
     if model.init == "random":
         architecture.vocab_size = vocab_size
-    elif architecture.vocab_size < vocab_size:
+        return
+    known = architecture.vocab_size
+    if model.added_tokens is not None:  # the embeddings will grow to these
+        known = max(known, len(cast(Any, load_tokenizer(model))))
+    if known < vocab_size:
         raise ConfigError(
-            f"model.source ({model.source}) knows {architecture.vocab_size:,} tokens, but the data's tokenizer has {vocab_size:,}; "
+            f"model.source ({model.source}) knows {known:,} tokens, but the data's tokenizer has {vocab_size:,}; "
             "tokenize with the model's own tokenizer, or set model.init=random"
         )
 

@@ -5,18 +5,18 @@ Every rank builds the same model: new weights are drawn from `train.seed` on the
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.backend.request import read_request
 from trainer.config import ClassificationData, MethodConfig, ModelConfig, QloraConfig, RunConfig
+from trainer.data.added_tokens import read_tokens
 from trainer.errors import ConfigError
-from trainer.model.added_tokens import grow_embeddings, read_tokens
 from trainer.model.architecture import (
     LOADING_ERRORS,
     first_line,
@@ -172,6 +172,22 @@ def new_encoder_modules(model: PreTrainedModel, new_names: Sequence[str]) -> tup
     heads = head_modules(model)
     owners = dict.fromkeys(name.rpartition(".")[0] for name in new_names)
     return tuple(owner for owner in owners if owner.split(".")[0] not in heads)
+
+
+def grow_embeddings(model: PreTrainedModel, before: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Rows for new tokens in the embeddings, and in the output layer where there is one: means of their pieces' rows. In place.
+
+    before: the tokenizer without them.
+    """
+    pieces = [before(f" {token}", add_special_tokens=False, verbose=False)["input_ids"] for token in tokens]
+    first = len(cast(Any, before))
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    model.resize_token_embeddings(max(first + len(tokens), rows), mean_resizing=False)
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    with torch.no_grad():
+        for layer in cast(list[nn.Embedding], layers):
+            for number, ids in enumerate(pieces):
+                layer.weight[first + number] = layer.weight[ids].mean(dim=0)
 
 
 def use_fast_attention(model: PreTrainedModel) -> None:

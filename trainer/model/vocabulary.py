@@ -30,9 +30,10 @@ def objective_vocabulary(
     else:
         own = load_tokenizer(model)
         if own.get_vocab() != tokenizer.get_vocab():
+            words = "" if model.added_tokens is None else f" --added-tokens {model.added_tokens}"
             raise ConfigError(
                 f"model.source ({model.source}) has another tokenizer than the one that made data.sources; make them with its own: "
-                f"samestep data tokenize TEXT --tokenizer {model.source}"
+                f"samestep data tokenize TEXT --tokenizer {model.source}{words}"
             )
         tokenizer = own
     vocabulary = vocabulary_of(tokenizer, roles, objective=data.objective, source=model.source, separator=eos)
