@@ -122,6 +122,25 @@ def test_only_what_is_needed_is_fetched(dataset: Path, tmp_path: Path) -> None:
     assert 1 <= len(shard_files(found)) <= 2 * SETTINGS.window < len(read_manifest(dataset).shards)
 
 
+def test_a_download_that_ends_while_room_is_counted_is_counted(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks its file is renamed; whoever missed it would fill the disk beyond the limit."""
+    found = open_remote(tmp_path)
+    shard = found.manifest.shards[0]
+    found.part(shard).touch()
+    exists = Path.exists
+
+    def look(path: Path) -> bool:
+        seen = exists(path)
+        if exists(found.part(shard)):
+            found.part(shard).replace(found.folder / shard.file)
+        return seen
+
+    monkeypatch.setattr(Path, "exists", look)
+    assert found.is_held(shard)
+
+
 def test_the_disk_is_bounded_and_shards_needed_soon_are_kept(dataset: Path, tmp_path: Path) -> None:
     sizes = [2 * shard.tokens for shard in read_manifest(dataset).shards]
     limit = 3.5 * max(sizes)

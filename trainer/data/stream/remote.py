@@ -162,8 +162,8 @@ class RemoteDataset:
         return self.folder / f".{shard.file}.part"
 
     def is_held(self, shard: Shard) -> bool:
-        """Whether its tokens, or a part of them, take room."""
-        return (self.folder / shard.file).exists() or self.part(shard).exists()
+        """Whether its tokens, or a part of them, take room. The part first: a download that ends meanwhile renames it."""
+        return self.part(shard).exists() or (self.folder / shard.file).exists()
 
     def download(self, shard: Shard, path: Path) -> None:
         """Copy a whole file beside its place, hash every block on the way, rename. Under the file's lock."""

@@ -17,6 +17,8 @@ from trainer.data.stream.source import Source
 
 Ints = NDArray[np.int64]
 NOTHING: Ints = np.zeros(0, np.int64)
+PADDING = -1
+"""In the place of a shard: zeros, the last of `files`."""
 
 
 class Cut(NamedTuple):
@@ -28,22 +30,30 @@ class Cut(NamedTuple):
     """Of each piece, in tokens."""
     lasts: Ints
     """Place of each piece's last token, counted from the first row on; none where documents see each other."""
-    held: list[int]
-    """Tokens of each row that are no padding."""
+    held: Ints
+    """(B,) tokens of each row that are no padding."""
+    is_padded: bool
+    """Whether a row holds less than it could."""
 
     def after(self, before: "Cut", place: int) -> "Cut":
         """Both; these rows begin at `place`."""
-        if not before.tokens:
-            return self
-        lasts = np.concatenate([before.lasts, self.lasts + place])
-        return Cut(before.tokens + self.tokens, before.sizes + self.sizes, lasts, before.held + self.held)
+        return Cut(
+            before.tokens + self.tokens,
+            before.sizes + self.sizes,
+            np.concatenate([before.lasts, self.lasts + place]),
+            np.concatenate([before.held, self.held]),
+            before.is_padded or self.is_padded,
+        )
 
     def document_ids(self, shape: tuple[int, int]) -> Ints:
         """(B, T) the piece that each token belongs to, counted in its row; -1 in padding."""
         numbers = np.repeat(np.arange(len(self.sizes)), self.sizes).reshape(shape)
         numbers -= numbers[:, :1]
-        numbers[np.arange(shape[1]) >= np.array(self.held)[:, None]] = -1
+        numbers[np.arange(shape[1]) >= self.held[:, None]] = -1
         return numbers
+
+
+EMPTY = Cut([], [], NOTHING, NOTHING, is_padded=False)
 
 
 class Segment:
@@ -59,56 +69,88 @@ class Segment:
     def cut(self, first: int, last: int) -> Cut:
         """Samples first to last - 1, verified. DataError for tokens that were changed."""
         start, end = self.bounds[first], self.bounds[last]
-        if self.unverified:
-            self.verify(start, end)
+        groups, begins, ends, sizes = self.pieces[:, start:end].tolist()
+        if self.pending:
+            self.prepare(groups, begins, ends)
+        files, narrow = self.files, self.narrow
+        tokens = [files[group][begin:stop] for group, begin, stop in zip(groups, begins, ends, strict=True)]
+        if narrow:  # widened to the type of the others
+            tokens = [
+                widened(piece, self.dtype) if group in narrow else piece
+                for piece, group in zip(tokens, groups, strict=True)
+            ]
         lasts = self.lasts[start:end] - first * self.length if self.isolate else NOTHING
-        return Cut(self.tokens(start, end), self.sizes[start:end], lasts, self.held[first:last])
+        return Cut(tokens, sizes, lasts, self.held[first:last].copy(), is_padded=PADDING in groups)
 
-    def tokens(self, start: int, end: int) -> list[memoryview]:
-        """Of pieces start to end - 1, in `dtype`, to which a shard of a narrower type is widened."""
-        ranges = zip(self.memories[start:end], self.begins[start:end], self.ends[start:end], strict=True)
-        pieces = [memory[begin:last] for memory, begin, last in ranges]
-        if not self.is_narrow:
-            return pieces
-        flags = self.is_narrow[start:end]
-        return [widened(piece, self.dtype) if flag else piece for piece, flag in zip(pieces, flags, strict=True)]
+    def prepare(self, groups: list[int], begins: list[int], ends: list[int]) -> None:
+        """Let the files that these pieces lie in be there and open, and their blocks verified."""
+        for group, begin, end in zip(groups, begins, ends, strict=True):
+            if group in self.pending:
+                reader = self.readers[group] or self.open(group)
+                reader.verify(begin, end)
+                if not reader.num_unverified:
+                    self.pending.remove(group)
 
-    def verify(self, start: int, end: int) -> None:
-        """Let the blocks that pieces start to end - 1 lie in be verified."""
-        opened = [reader for _, reader, _, _ in self.opened]
-        for piece, group in enumerate(self._pieces[0][start:end].tolist(), start):
-            if group >= 0:
-                opened[group].verify(self.begins[piece], self.ends[piece])
-        self.unverified = [reader for reader in self.unverified if reader.num_unverified]
+    def open(self, group: int) -> ShardReader:
+        """Only when needed: with long rows a segment is more shards than a node's disk may hold of a remote dataset."""
+        _, source, shard, epoch = self.shards[group]
+        self.readers[group] = reader = source.reader(shard, epoch)
+        self.files[group] = reader.bytes.data
+        return reader
 
     @cached_property
-    def opened(self) -> list[tuple[Ints, ShardReader, Source, int]]:
-        """(samples, reader, source, shard) of every shard that is needed."""
+    def shards(self) -> list[tuple[Ints, Source, int, int]]:
+        """(samples, source, shard, epoch) of every shard that is needed."""
         numbers, epochs, shards = self.places[:3]
         _, firsts, members = np.unique(shards * len(self.sources) + numbers, return_index=True, return_inverse=True)
         found = []
         for group, first in enumerate(firsts.tolist()):
-            source, shard = self.sources[numbers[first]], int(shards[first])
-            found.append((np.flatnonzero(members == group), source.reader(shard, int(epochs[first])), source, shard))
+            source = self.sources[numbers[first]]
+            found.append((np.flatnonzero(members == group), source, int(shards[first]), int(epochs[first])))
         return found
 
     @cached_property
-    def unverified(self) -> list[ShardReader]:
-        """Readers with blocks that nobody has looked at; shrinks."""
-        return [reader for _, reader, _, _ in self.opened if reader.num_unverified]
+    def readers(self) -> list[ShardReader | None]:
+        """Of every shard, once it is open."""
+        return [None] * len(self.shards)
+
+    @cached_property
+    def pending(self) -> set[int]:
+        """Shards that are not open, or have blocks that nobody has looked at; shrinks."""
+        return set(range(len(self.shards)))
+
+    @cached_property
+    def files(self) -> list[memoryview]:
+        """Bytes of every shard, once it is open; the last are zeros."""
+        zeros = memoryview(bytes(self.length * self.dtype.itemsize))
+        return [*[zeros] * len(self.shards), zeros]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Bytes of a token in every shard."""
+        return [np.dtype(source.catalog.dtype).itemsize for _, source, _, _ in self.shards]
+
+    @cached_property
+    def pieces(self) -> Ints:
+        """(4, P) of every piece in the order of samples: its shard, first byte, end in bytes, and tokens."""
+        group, start, size = self._pieces[:3]
+        widths = np.array([*self.widths, self.dtype.itemsize])[group]
+        offsets = [source.catalog.shard(shard).data_offset for _, source, shard, _ in self.shards]
+        begins = np.array([*offsets, 0])[group] + start * widths
+        return np.stack([group, begins, begins + size * widths, size])
 
     @cached_property
     def _pieces(self) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-        """(shard, start, size) of every piece in the order of samples, shard -1 for padding; of each sample: its pieces and its padding."""
+        """(shard, start, size) of every piece in the order of samples, counted in tokens; of each sample: its pieces and its padding."""
         parts: list[tuple[Ints, ...]] = []
-        for number, (mine, _, source, shard) in enumerate(self.opened):
+        for number, (mine, source, shard, _) in enumerate(self.shards):
             samples, starts, sizes = source.pieces(shard, self.places[3, mine])
             parts.append((mine[samples], np.full(len(starts), number), starts, sizes))
         sample, group, start, size = (np.concatenate(column) for column in zip(*parts, strict=True))
         padding = self.length - np.bincount(sample, size, self.num_samples).astype(np.int64)
         padded = np.flatnonzero(padding)
         sample = np.concatenate([sample, padded])
-        group = np.concatenate([group, np.full_like(padded, -1)])
+        group = np.concatenate([group, np.full_like(padded, PADDING)])
         start = np.concatenate([start, np.zeros_like(padded)])
         size = np.concatenate([size, padding[padded]])
         order = np.argsort(sample, kind="stable")
@@ -121,52 +163,9 @@ class Segment:
         return [0, *np.cumsum(self._pieces[3]).tolist()]
 
     @cached_property
-    def _widths(self) -> Ints:
-        """Bytes of a token in every piece."""
-        widths = [*(reader.dtype.itemsize for _, reader, _, _ in self.opened), self.dtype.itemsize]
-        return np.array(widths)[self._pieces[0]]
-
-    @cached_property
-    def memories(self) -> list[memoryview]:
-        """The file that every piece lies in, or zeros."""
-        files = [
-            *(reader.bytes.data for _, reader, _, _ in self.opened),
-            memoryview(bytes(self.length * self.dtype.itemsize)),
-        ]
-        of_group = np.empty(len(files), object)
-        of_group[:] = files
-        found: list[memoryview] = of_group[self._pieces[0]].tolist()
-        return found
-
-    @cached_property
-    def _begins(self) -> Ints:
-        offsets = np.array([*(reader.shard.data_offset for _, reader, _, _ in self.opened), 0])
-        begins: Ints = offsets[self._pieces[0]] + self._pieces[1] * self._widths
-        return begins
-
-    @cached_property
-    def begins(self) -> list[int]:
-        """First byte of every piece in its file."""
-        found: list[int] = self._begins.tolist()
-        return found
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """End of every piece in its file, in bytes."""
-        found: list[int] = (self._begins + self._pieces[2] * self._widths).tolist()
-        return found
-
-    @cached_property
-    def is_narrow(self) -> list[bool]:
-        """Of every piece, whether its tokens take less than `dtype`; nothing where none does."""
-        narrow = self._widths < self.dtype.itemsize
-        return narrow.tolist() if narrow.any() else []
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Tokens of every piece."""
-        found: list[int] = self._pieces[2].tolist()
-        return found
+    def narrow(self) -> frozenset[int]:
+        """Shards whose tokens take less than `dtype`."""
+        return frozenset(number for number, width in enumerate(self.widths) if width < self.dtype.itemsize)
 
     @cached_property
     def lasts(self) -> Ints:
@@ -174,10 +173,9 @@ class Segment:
         return np.cumsum(self._pieces[2]) - 1
 
     @cached_property
-    def held(self) -> list[int]:
+    def held(self) -> Ints:
         """Tokens of every sample that are no padding."""
-        found: list[int] = (self.length - self._pieces[4]).tolist()
-        return found
+        return self.length - self._pieces[4]
 
 
 def widened(piece: memoryview, dtype: np.dtype[Any]) -> memoryview:
