@@ -19,6 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("estimate") / "base", hidden_size=64)
 
 
+@pytest.mark.slow
 def test_files_are_as_large_as_estimated(base: Path, tmp_path: Path) -> None:
     model = ModelConfig(source=str(base))
     found, refused = estimate_methods(model)

@@ -58,6 +58,7 @@ def test_evaluation_leaves_the_quantized_weights_as_they_are(folder: Path) -> No
         assert torch.equal(p.view(torch.int32), before[name].view(torch.int32)), name
 
 
+@pytest.mark.slow
 def test_smollm2_in_four_bits_takes_at_most_a_third_of_its_bf16_bytes() -> None:
     from trainer.data.assets import asset_path
 
