@@ -166,6 +166,13 @@ def evaluate(
     paths = named_runs([run for run in runs.split(",") if run], "RUN,RUN")
     texts, labels = held_out_samples(next(iter(paths.values())))
     predictor, correct = AdapterPredictor(paths), dict.fromkeys(paths, 0)
+    for name, one in predictor.predictors.items():
+        unknown = sorted(set(labels) - set(one.label_names))
+        if unknown:
+            raise ConfigError(
+                f"RUN ({name}) answers with {', '.join(one.label_names)}, and the first run's data has the label {unknown[0]}: none of "
+                "its answers could be right; give adapters that were trained on these labels"
+            )
     for start in range(0, len(texts), EVALUATED_AT_ONCE):
         samples = list(zip(texts, labels, strict=True))[start : start + EVALUATED_AT_ONCE]
         answers = iter(predictor.predict([(text, name) for text, _ in samples for name in paths]))

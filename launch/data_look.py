@@ -97,21 +97,23 @@ def open_recipe(
     recipe: Path, config: list[Path] | None, settings: list[str] | None, objective: str | None = None
 ) -> tuple[RunConfig, Streams]:
     """A recipe's settings and streams, as they are or with another objective. ConfigError for one that reads no token datasets."""
-    found = read_recipe(recipe, config, settings)
+    found = read_recipe(recipe, config, settings, None if objective == FOUR else objective)
     if not isinstance(found.data, StreamData):
         raise ConfigError(
             f"recipe ({recipe}) has data.kind={found.data.kind}, and no token datasets; give one of kind stream"
         )
-    if objective not in (None, FOUR):
-        from launch.data_objective import with_objective
-
-        found = with_objective(found, objective)
     return found, open_streams(found)
 
 
-def read_recipe(recipe: Path, config: list[Path] | None, settings: list[str] | None) -> RunConfig:
-    """A recipe's settings with those of files and the command line."""
-    defaults = load_recipe(recipe).DEFAULTS
+def read_recipe(
+    recipe: Path, config: list[Path] | None, settings: list[str] | None, objective: str | None = None
+) -> RunConfig:
+    """A recipe's settings with those of files and the command line, which may be those of another objective."""
+    defaults: RunConfig = load_recipe(recipe).DEFAULTS
+    if objective is not None and isinstance(defaults.data, StreamData):
+        from launch.data_objective import with_objective
+
+        defaults = with_objective(defaults, objective)
     arguments = [*(part for file in config or () for part in ("--config", str(file))), *(settings or ())]
     return resolve(type(defaults), defaults, arguments).config
 

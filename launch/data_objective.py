@@ -42,7 +42,8 @@ def with_objective(config: RunConfig, name: str) -> RunConfig:
         raise ConfigError(f"--objective ({name}): must be one of {', '.join(TASK_OF_OBJECTIVE)}")
     assert isinstance(config.data, StreamData)
     data = config.data.model_copy(update={"objective": name, "isolate": config.data.isolate and name == "clm"})
-    return config.model_copy(update={"data": data})
+    model = config.model.model_copy(update={"task": TASK_OF_OBJECTIVE[name]})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 def show_marked(config: RunConfig, streams: Streams, sample: int, plot: Path | None) -> None:

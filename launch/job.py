@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from launch.command import CONFIG_FOLDER, RunOptions
-from launch.starts import CANCELLED, JobStart, is_cancelled, newest_step, note_start, read_starts
+from launch.starts import CANCELLED, JobStart, is_cancelled, newest_step, newest_written, note_start, read_starts
 from trainer.checkpoint.resume import OUTCOME, decide_start, read_outcome
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
 from trainer.run_folder import JOBS, job_id
@@ -94,7 +94,9 @@ def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_stat
         return "cancelled", f"cancelled after step {step}, which is saved; submitting it again goes on from there"
     if outcome == "failed":
         return "failed", "training could not go on (see above); another start would end the same way"
-    if number > 0 and step == start.step:  # lower: the run began anew, or a damaged checkpoint was passed over
+    if (
+        number > 0 and step == start.step and newest_written(run) <= start.began
+    ):  # else it began anew, or wrote a damaged one again
         return "stuck", (
             f"no progress since the last restart: the newest checkpoint is still that of step {step}; start {number + 1} of job "
             f"{start.job} is the last. What went wrong stands above, and in {run / JOBS / start.log}"

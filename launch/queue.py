@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from launch.starts import STARTS, JobStart, newest_step, read_starts
+from launch.starts import known_starts, newest_step
 from trainer.checkpoint.resume import read_outcome
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
@@ -48,7 +48,7 @@ def status_of(run: Path) -> Iterator[str]:
     """The cells of one run."""
     job = job_of(run)
     state, reason = queue_state(job)
-    outcome, starts = read_outcome(run), starts_of(run)
+    outcome, starts = read_outcome(run), known_starts(run)
     yield run.name
     yield job
     yield state or outcome or ("not in the queue" if starts else "submitted")
@@ -84,17 +84,12 @@ def read_submission(run: Path) -> dict[str, Any]:
 
 def job_of(run: Path) -> str:
     """The newest job of a run. ConfigError for a folder that no job knows."""
-    submitted, starts = read_submission(run), starts_of(run)
+    submitted, starts = read_submission(run), known_starts(run)
     if not submitted and not starts:
         raise ConfigError(f"RUN ({run}): no job was submitted for it; start with samestep submit RECIPE")
     if not submitted or (starts and starts[-1].began > submitted["submitted"]):
         return starts[-1].job
     return str(submitted["job"])
-
-
-def starts_of(run: Path) -> list[JobStart]:
-    """Its starts; none before the first."""
-    return read_starts(run) if (run / JOBS / STARTS).exists() else []
 
 
 def last_metrics(run: Path) -> dict[str, Any]:
@@ -148,7 +143,7 @@ def logs(
 
     Example: samestep logs runs/lora_sst2 --start 0
     """
-    starts = starts_of(run)
+    starts = known_starts(run)
     if start is not None and start >= len(starts):
         raise ConfigError(f"--start ({start}): the run has {len(starts)} start(s), counted from 0")
     path = newest_log(run) if start is None else run / JOBS / starts[start].log
@@ -157,16 +152,22 @@ def logs(
     place = print_from(path, 0)
     if start is None and not follow:
         print(said_after(path), end="")
+    said = seen = ""
     while follow:
         time.sleep(1.0)
-        place = print_from(path, place)
+        before, place = place, print_from(path, place)
+        more = said_after(path) if start is None and place == before else ""
+        if more == seen and more not in ("", said):  # twice the same: not what the log is about to have too
+            print(more.removeprefix(said), end="", flush=True)
+            said = more
+        seen = more
         if start is None and (newer := newest_log(run)) != path and newer.is_file():
-            path, place = newer, print_from(newer, 0)
+            path, place, said, seen = newer, print_from(newer, 0), "", ""
 
 
 def newest_log(run: Path) -> Path:
     """Of the newest start; the output of the job script where the newest job has none, because its settings were refused."""
-    job, starts = job_of(run), starts_of(run)
+    job, starts = job_of(run), known_starts(run)
     if not starts or starts[-1].job != job:
         written = {path.stat().st_mtime: path for path in (run / JOBS).glob("job-*.out")}
         if written and max(written) > read_submission(run)["submitted"]:
@@ -191,7 +192,7 @@ def said_after(log: Path) -> str:
     """What the job script said after the last line of this log of a start: it failed before it could note another start."""
     output = log.with_name(log.name.split("-start-")[0] + ".out")
     last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
-    if not last or log == output or not output.is_file():
+    if not last or not output.is_file():
         return ""
     _, found, rest = output.read_text(encoding="utf-8", errors="replace").rpartition(last)
     return rest.lstrip("\n") if found else ""

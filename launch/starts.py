@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def note_start(folder: Path, checkpoint_bytes: float, environ: Mapping[str, str]
     try:
         jobs.mkdir(parents=True, exist_ok=True)
         with (jobs / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(start)) + "\n")
+            file.write(("" if _ends_with_a_line(jobs / STARTS) else "\n") + json.dumps(vars(start)) + "\n")
     except OSError as error:
         raise ConfigError(
             f"run_dir ({folder}) cannot be written from this node: {error.strerror or error}; set run_dir=PATH to a folder "
@@ -64,18 +65,41 @@ def note_start(folder: Path, checkpoint_bytes: float, environ: Mapping[str, str]
 
 def read_starts(run: Path) -> list[JobStart]:
     """The starts of a run under Slurm, the first one first. ConfigError where there was none."""
-    try:
-        lines = (run / JOBS / STARTS).read_text(encoding="utf-8").splitlines()
-        return [JobStart(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
+    starts = known_starts(run)
+    if not starts:
         raise ConfigError(
-            f"RUN ({run}) was not started by slurm/train.sbatch: {error}; give the run directory"
-        ) from None
+            f"RUN ({run}) was not started by slurm/train.sbatch: there is no start in {run / JOBS / STARTS}; give the run directory"
+        )
+    return starts
+
+
+def known_starts(run: Path) -> list[JobStart]:
+    """The same, or none. A line that a full disk or a power cut left torn is not counted."""
+    starts: list[JobStart] = []
+    try:
+        lines = (run / JOBS / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return starts
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            starts.append(JobStart(**json.loads(line)))
+    return starts
+
+
+def _ends_with_a_line(file: Path) -> bool:
+    content = file.read_bytes()
+    return not content or content.endswith(b"\n")
 
 
 def newest_step(run: Path) -> int:
     """Of the newest checkpoint; 0 without one."""
     return max((step_of(folder) for folder in list_checkpoints(run / CHECKPOINTS)), default=0)
+
+
+def newest_written(run: Path) -> float:
+    """When the newest checkpoint was written, by the file system's clock; 0 without one."""
+    newest = max(list_checkpoints(run / CHECKPOINTS), key=step_of, default=None)
+    return 0.0 if newest is None else newest.stat().st_mtime
 
 
 def is_cancelled(run: Path, job: str) -> bool:

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from launch.command import RunOptions, backend_names
-from launch.queue import SUBMISSION, Runs, job_of, queue_state, read_submission, starts_of
+from launch.queue import SUBMISSION, Runs, job_of, queue_state, read_submission
 from launch.slurm import TEMPLATE, Cluster, Submission, load_cluster, script_text, variants_of
-from launch.starts import CANCELLED, git_revision
+from launch.starts import CANCELLED, git_revision, known_starts
 from trainer.config import PRECISIONS
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
@@ -105,7 +105,7 @@ def refuse_a_second_job(asked: Submission) -> None:
     """ConfigError where a job of this run is still in the queue: two would take each other's folder."""
     problems = []
     for folder in map(Path, asked.run_dirs):
-        if not (read_submission(folder) or starts_of(folder)):
+        if not (read_submission(folder) or known_starts(folder)):
             continue
         job = job_of(folder)
         if state := queue_state(job)[0]:

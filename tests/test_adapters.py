@@ -5,7 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from launch.adapter import held_out_samples
 from launch.cli import main
@@ -13,14 +18,15 @@ from tests.exported_runs import export_clm, llama_base
 from tests.test_predict import LABELS, TEXTS, export_run
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.config import ModelConfig, QloraConfig
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.model.adapters import Difference, compare, find_adapter, merge, merged
 from trainer.model.architecture import load_architecture
 from trainer.model.export import load_base, load_exported
 from trainer.model.load import quantization_of
 from trainer.model.quantize import keep_layout
-from trainer.predict.adapters import AdapterPredictor
+from trainer.predict.adapters import AdapterPredictor, check_one_base
 from trainer.predict.classify import load_predictor
+from trainer.run_folder import find_exported, read_info
 
 PEFT_METHODS = ("lora", "dora", "rslora", "qlora", "vera", "ia3", "prompt", "p_tuning", "prefix")
 
@@ -79,6 +85,22 @@ def test_an_adapter_made_by_plain_peft_opens_here(method: str, root: Path, tmp_p
     assert [one.label for one in answers] == [f"LABEL_{number}" for number in expected.argmax(-1).tolist()]
     together = AdapterPredictor({"theirs": tmp_path}).predict([(text, "theirs") for text in TEXTS])
     assert [one.confidence for one in together] == pytest.approx([one.confidence for one in answers], abs=1e-5)
+
+
+def test_the_labels_of_a_plain_adapter_are_those_of_its_last_layer(tmp_path: Path) -> None:
+    """PEFT saves DistilBERT's pre_classifier, which ends with the name of the head, beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    small = {"vocab_size": 30, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    plain = DistilBertForSequenceClassification(DistilBertConfig(**small, num_labels=3))
+    plain.name_or_path = "distil"
+    get_peft_model(plain, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_lin"])).save_pretrained(tmp_path)
+    assert read_info(tmp_path)["label_names"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    ours = {"task": "classification", "method": "lora", "base": "distil", "pooling": "model", "head_layers": None}
+    check_one_base({"ours": (tmp_path, ours), "theirs": (tmp_path, read_info(tmp_path))})
+    (tmp_path / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match="no safetensors file; fetch it again, with git-lfs"):
+        find_exported(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "prefix"])

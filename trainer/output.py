@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainer.backend import Engine
 from trainer.checkpoint.resume import OUTCOME
 from trainer.config import RunConfig
-from trainer.errors import SamestepError
+from trainer.errors import CheckpointError, SamestepError
 from trainer.faults import fault_point
 from trainer.log import RunLog, lock_run_folder, start_run_folder, write_summary
 from trainer.model.export import adapter_files, export_model, load_exported
@@ -221,9 +221,7 @@ class RunOutput:
 
     def report(self, progress: "Progress") -> None:
         """Test the exported model, write plots, summary and outcome, and say where everything is. Collective."""
-        task, split_name = self.task, self.task.report_split
-        model, _, _ = load_exported(self.model_folder)
-        model.to(self.engine.device).eval()
+        task, split_name, model = self.task, self.task.report_split, self.exported_model(progress)
         evaluation = task.evaluate(lambda inputs: model(**inputs), self.engine, split_name)
         with self.engine.heartbeat.long("generating"):
             metrics = evaluation.metrics | task.generation_metrics(model, self.engine)
@@ -239,6 +237,23 @@ class RunOutput:
             write_summary(self.folder / "summary.md", self.facts(progress, split_name, metrics, elapsed_s))
             self.write_outcome("finished", progress)
             self.log.say(self.closing_words(progress, split_name, metrics, elapsed_s))
+
+    def exported_model(self, progress: "Progress") -> nn.Module:
+        """Opened on this rank's device, whole, beside what training holds there. Every rank calls it.
+
+        CheckpointError where it has no room: the run counts as finished, so that another start does not fail at the same place.
+        """
+        with self.engine.heartbeat.long("opening the exported model"):
+            model, _, _ = load_exported(self.model_folder)
+            try:
+                return model.to(self.engine.device).eval()
+            except torch.OutOfMemoryError:
+                if self.is_main:
+                    self.write_outcome("finished", progress)
+                raise CheckpointError(
+                    f"{self.model_folder}: training is finished and the model is whole, but it was not tested: in fp32 it does not fit on "
+                    f"{self.engine.device} beside training; look at it with samestep predict {self.folder}, or on a larger device"
+                ) from None
 
     def draw(self, model: nn.Module, evaluation: Evaluation) -> None:
         """Rank 0: curves.png, and what the task adds."""

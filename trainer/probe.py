@@ -45,7 +45,9 @@ class WatchedData(Prefetch[list[Batch]]):
         for batch, positions in zip(batches, shares, strict=True):
             if len(positions):  # else it is a dummy sample
                 self.digest = (self.digest + digest_of_samples(batch)) % 2**64
-                batch["labels"][torch.from_numpy(positions < count_hidden(size))] = IGNORED
+                labels = batch["labels"].clone()  # they may be a view of the numbers that input_ids is one of
+                labels[torch.from_numpy(positions < count_hidden(size))] = IGNORED
+                batch["labels"] = labels
         return batches
 
 

@@ -4,6 +4,7 @@ Place in the flow: training writes such folders (trainer/log.py, trainer/output.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ PEFT_TYPES = {
 }  # fmt: skip
 """PEFT's name of a method -> ours."""
 
+HEAD = r"\.(classifier|score|out_proj|logits_proj)\.weight$"
+"""The layer that gives the classes; others before it, such as pre_classifier and classifier.dense, are saved with an adapter too."""
+
 NEEDED = {"classification": ("base", "label_names", "max_length")}
 """What prediction needs to know, by task."""
 
@@ -80,15 +84,14 @@ def _labels_of_head(folder: Path) -> list[str]:
     """LABEL_0, LABEL_1, ...: as many as the head among an adapter's tensors has rows; from the header of its file alone."""
     file = folder / "adapter_model.safetensors"
     with file.open("rb") as tensors:
-        header = json.loads(tensors.read(int.from_bytes(tensors.read(8), "little")))
-    heads = [
-        entry["shape"]
-        for name, entry in sorted(header.items())
-        if ("classifier" in name or "score" in name) and len(entry.get("shape", ())) == 2
-    ]
+        size = int.from_bytes(tensors.read(8), "little")
+        if size > file.stat().st_size:
+            raise ValueError(f"{file.name} is no safetensors file; fetch it again, with git-lfs where it came by git")
+        header = json.loads(tensors.read(size))
+    heads = [entry["shape"] for name, entry in header.items() if re.search(HEAD, name) and len(entry["shape"]) == 2]
     if not heads:
         raise CheckpointError(f"{file} holds no classification head; save it with the adapter (PEFT's modules_to_save)")
-    return [f"LABEL_{number}" for number in range(heads[-1][0])]
+    return [f"LABEL_{number}" for number in range(heads[0][0])]
 
 
 def job_id(environ: Mapping[str, str]) -> str:

@@ -32,6 +32,7 @@ class Watchdog:
         self.heartbeat, self.rank, self.world_size = engine.heartbeat, engine.rank, engine.world_size
         self.main_thread = threading.get_ident()
         self.ended = threading.Event()
+        self.began = time.time()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -55,7 +56,7 @@ class Watchdog:
         silent = sorted(set(range(self.world_size)) - set(reports))
         failed = [] if silent else guilty_ranks(reports)
         if silent:
-            print(no_sign_of(silent), file=sys.stderr, flush=True)
+            print(f"{no_sign_of(silent)}, or waiting for this one", file=sys.stderr, flush=True)
         if len(failed) < self.world_size:
             for rank in failed or [self.rank]:
                 print(f"watchdog: rank {rank} failed in: {reports[rank]['phase']}", file=sys.stderr, flush=True)
@@ -92,12 +93,13 @@ class Watchdog:
         fresh.replace(self.folder / f"stuck-{self.rank}.json")
 
     def _read_reports(self) -> dict[int, dict[str, Any]]:
-        """What stuck ranks wrote in this hang; files of an earlier one are too old."""
+        """What stuck ranks wrote in this hang; files of an earlier start, or of a hang that ended, are too old."""
         reports = {}
         for rank in range(self.world_size):
             try:
                 report = json.loads((self.folder / f"stuck-{rank}.json").read_text())
-                if time.time() - float(report["written"]) < self.timeout_s + 10 * GRACE_S:
+                written = float(report["written"])
+                if written > self.began - GRACE_S and time.time() - written < self.timeout_s + 10 * GRACE_S:
                     reports[rank] = report
             except (OSError, ValueError, KeyError):
                 continue

@@ -59,7 +59,7 @@ def main() -> None:
             for name, augment in settings.items():
                 began = time.perf_counter()
                 config = make_config(files, Augmentation(**augment), seed, asked)  # type: ignore[arg-type]
-                found[name].append(test_accuracy(config, accelerator))
+                found[name].append(accuracy_of(config, accelerator))
                 seconds = time.perf_counter() - began
                 print(f"seed {seed}, {name}: {found[name][-1]:.4f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
     show(found, asked.samples)
@@ -110,7 +110,7 @@ def make_config(files: dict[str, str], augment: Augmentation, seed: int, asked: 
     return DEFAULTS.model_copy(update={"data": data, "train": train})
 
 
-def test_accuracy(config: RunConfig, accelerator: Accelerator) -> float:
+def accuracy_of(config: RunConfig, accelerator: Accelerator) -> float:
     """Train, and test the step that was best on validation."""
     with tempfile.TemporaryDirectory() as folder:
         config = config.model_copy(update={"run_dir": Path(folder) / "run"})

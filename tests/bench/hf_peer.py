@@ -16,7 +16,7 @@ from tests.bench.timing import WARM_UP, Job, set_up
 from trainer.config import LoraConfig, RunConfig
 from trainer.data.classify import ClassificationSet, Split
 from trainer.model.load import load_architecture, model_location
-from trainer.model.methods import resolve_targets
+from trainer.model.targets import resolve_targets
 from trainer.optim import peak_lr
 
 

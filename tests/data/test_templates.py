@@ -260,6 +260,10 @@ def test_a_template_that_begins_with_bos_is_refused_where_the_tokenizer_has_none
         (f"{GOOD}user_with_input: 'Q {{content}}'\n", "user_with_input .*must hold {input}"),
         (f"{GOOD}user_with_input: 'Q {{input}}'\n", "user_with_input .*must hold {content}"),
         (f"{GOOD}first_user: 'S {{system}}'\n", "first_user .*must hold {content}"),
+        (
+            f"{GOOD}system: 'S {{content}}'\nfirst_user: '{{system}}{{content}}'\n",
+            "system and first_user are two places",
+        ),
         (f"{GOOD}begin: 'S {{system}}'\n", "begin .*is not filled with {system}; take it out"),
         (f"{GOOD}default_system: 'S {{content}}'\n", "default_system .*is not filled with {content}"),
         ("user: '{content} {input}'\nanswer: '{content}{eos}'\n", "user .*is not filled with {input}"),
@@ -270,6 +274,21 @@ def test_a_yaml_template_with_a_mistake_is_refused(text: str, message: str, tmp_
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_format(str(tmp_path / "mine.yaml"), tokenizer())
+
+
+def test_a_system_text_that_goes_into_the_first_question_does_so_where_that_has_an_input(tmp_path: Path) -> None:
+    turns = [Turn("system", "Be short."), Turn("user", "Add.", input="1, 2"), Turn("assistant", "3")]
+    pieces = "user_with_input: '{content}|{input}'\n"
+    (tmp_path / "none.yaml").write_text(GOOD + pieces)
+    with pytest.raises(DataError, match="has no place for a system text"):
+        load_format(str(tmp_path / "none.yaml"), tokenizer()).render(turns)
+    (tmp_path / "first.yaml").write_text(f"{GOOD}{pieces}first_user: '<{{system}}>{{content}}'\n")
+    form = load_format(str(tmp_path / "first.yaml"), tokenizer())
+    assert form.render(turns).text == "<Be short.>Add.\n\n1, 23</s>"
+    made = tokenizer()
+    made.chat_template = form.jinja()
+    messages = [{"role": turn.role, "content": turn.content, "input": turn.input} for turn in turns]
+    assert made.apply_chat_template(messages, tokenize=False) == form.render(turns).text
 
 
 def test_a_yaml_template_is_used_as_it_is_written(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from tests.distributed.resume_runs import make_config, metrics_of, start, train
 from tests.rank_pool import free_port, rank_env, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
+from trainer.backend import Heartbeat
 from trainer.checkpoint.store import describe_damage, list_checkpoints
 from trainer.config import RunConfig
-from trainer.watchdog import guilty_ranks
+from trainer.watchdog import Watchdog, guilty_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +143,17 @@ def test_the_rank_that_others_wait_for_is_told_by_its_main_thread_and_then_by_it
     assert guilty_ranks({0: report(9, is_writing=False), 1: report(9, is_writing=False)}) == [0, 1]
 
 
+def test_reports_of_an_earlier_start_accuse_nobody(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run", hang_timeout_s=300)
+    engine = SimpleNamespace(heartbeat=Heartbeat(), rank=0, world_size=2)
+    Watchdog(config, engine)._write_report()  # type: ignore[arg-type]
+    report = tmp_path / "run" / "watchdog" / "stuck-0.json"
+    facts = json.loads(report.read_text())
+    (report.parent / "stuck-1.json").write_text(json.dumps(facts | {"written": time.time() - 20}))
+    later = Watchdog(config, engine)  # type: ignore[arg-type]
+    assert list(later._read_reports()) == [0]
+
+
 def test_a_killed_rank_ends_the_others_and_is_named(root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", hang_timeout_s=4)
     port = free_port()
@@ -148,7 +161,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(root: Path, tmp_path: Path) 
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert ranks[1].returncode == -9
     assert ranks[0].returncode not in (0, None), outputs[0]
-    assert "watchdog: no sign of rank(s) 1" in outputs[0]
+    assert "watchdog: no sign of rank(s) 1: dead, or on a machine that is gone, or waiting for this one" in outputs[0]
     assert "rank 0 failed in: sum over ranks" in outputs[0]
 
 

@@ -1,14 +1,19 @@
 """A run that ends at any moment goes on as if it had not: bit for bit under the same topology, exactly placed under any other."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start, train
 from tests.rank_pool import BACKENDS, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
+from trainer import output
+from trainer.config import OptimConfig, RunConfig
 
 TOPOLOGIES = [
     *[("single", 1), ("ddp", 2), ("ddp", 3), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
@@ -141,6 +146,45 @@ def test_a_chain_of_topologies_sees_the_same_samples_and_ends_close(method: str,
     log = (tmp_path / "chain" / "log.txt").read_text(encoding="utf-8")
     assert f"saved by fsdp on 2, continued by {chain[1][0]} on {chain[1][1]}" in log
     assert "dropout draws anew from (seed, step, rank)" in log
+
+
+def killed_in_report(config: RunConfig) -> None:
+    """Training is over and saved, its last lines are not logged."""
+    output.RunOutput.report = lambda *_: os._exit(9)  # type: ignore[assignment,method-assign,misc]
+    train(config)
+
+
+def without_room(config: RunConfig) -> dict[str, Any]:
+    """The device is too small for the exported model beside training."""
+
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    output.load_exported = lambda *_: (SimpleNamespace(to=refuse), None, None)  # type: ignore[assignment]
+    return train(config)
+
+
+def test_a_run_that_is_over_but_for_its_report_ends_on_other_ranks(root: Path, tmp_path: Path) -> None:
+    """It stopped early, with sums that were not logged yet: all ranks must agree that there are any."""
+    config = make_config(
+        root, tmp_path / "run", max_steps=100, log_every=100, eval_every=2, patience=1, metric="loss", save_every=2
+    )
+    config = config.model_copy(update={"optim": OptimConfig(peak_lr=1e-12, head_lr=1e-12)})
+    with pytest.raises(AssertionError, match="died or timed out"):
+        start(config, "ddp", 2, body=killed_in_report)
+    seen = start(config, "ddp", 3)
+    assert seen is not None
+    assert [facts["error"] for facts in seen] == [None] * 3
+    assert seen[0]["step"] < 100
+    assert any("train/loss" in line for line in metrics_of(config.folder))
+
+
+def test_a_model_without_room_on_the_device_ends_a_run_that_counts_as_finished(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run", max_steps=2)
+    seen = start(config, "single", 1, body=without_room)
+    assert seen is not None
+    assert "training is finished and the model is whole, but it was not tested" in str(seen[0]["error"])
+    assert json.loads((config.folder / "outcome.json").read_text()) == {"outcome": "finished", "step": 2}
 
 
 def test_a_finished_run_says_so_and_is_left_alone(root: Path) -> None:

@@ -114,6 +114,17 @@ def test_the_shipped_files_set_nothing_that_is_overridden(backend: str) -> None:
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"},
             r"gradient_accumulation_steps \(8\) must be what follows .*, 4; leave it out, and set train\.micro_batch_size=2",
         ),
+        *(  # accelerate ends in a traceback over these
+            ({name: value}, rf"{field} \({value}\) must be a .*number")
+            for name, field, value in (
+                ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", "auto"),
+                ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", "2.0"),
+                ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", "0"),
+                ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", "none"),
+                ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", "abc"),
+            )
+        ),
+        ({"FSDP_AUTO_WRAP_POLICY": "size_based_wrap"}, r"fsdp_auto_wrap_policy \(size_based_wrap\) is not supported"),
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, r"fsdp_auto_wrap_policy \(SIZE_BASED_WRAP\) is not supported"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, r"set it to false, and model\.gradient_checkpointing=true"),
         ({"FSDP_IGNORED_MODULES": "head"}, r"fsdp_ignored_modules \(head\) is not supported"),
@@ -127,7 +138,7 @@ def test_a_setting_that_would_be_overridden_is_named(environ: dict[str, str], me
 @pytest.mark.parametrize(
     "environ",
     [
-        {"ACCELERATE_GRADIENT_CLIPPING": "auto", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"},
+        {"ACCELERATE_GRADIENT_CLIPPING": "auto", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
         {"ACCELERATE_GRADIENT_CLIPPING": "1.0", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
     ],
 )

@@ -56,6 +56,16 @@ def test_what_is_to_be_found_is_marked(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("objective", "setting"), [("mlm", "data.noise_fraction=0.3"), ("span_corruption", "data.mean_span=5")]
+)
+def test_settings_of_the_objective_that_is_looked_at_are_taken(
+    objective: str, setting: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show([*settings, setting], "--objective", objective)
+    assert "sample 3 of" in capsys.readouterr().out
+
+
 def test_one_figure_explains_four(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(settings, "--objective", "four", "--plot", str(tmp_path / "four.png"))
     assert (tmp_path / "four.png").stat().st_size > 20_000

@@ -60,8 +60,10 @@ def test_encoders_of_other_families_can_blend() -> None:
         DistilBertConfig(vocab_size=20, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     )
     for model in (roberta, distil):
+        model.eval()
         blend_embeddings(model)
-        model(input_ids=OWN, mix_ids=OTHERS, mix_share=SHARE, attention_mask=MASK)
+        plain = model(input_ids=OWN, attention_mask=MASK).logits
+        assert not torch.equal(model(input_ids=OWN, mix_ids=OTHERS, mix_share=SHARE, attention_mask=MASK).logits, plain)
 
 
 def test_a_model_that_looks_for_the_end_of_a_text_in_its_tokens_is_refused() -> None:

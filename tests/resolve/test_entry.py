@@ -108,6 +108,33 @@ def test_another_rank_is_silent_while_the_launcher_ends_it_and_speaks_when_it_fa
     assert ended.communicate(timeout=30)[1] == ""
 
 
+LOOKING = """
+import time
+from trainer.config import RunConfig
+from trainer.errors import DataError
+from trainer.resolve import entry
+def look(config):
+    print("looking", flush=True)
+    time.sleep(60)
+entry.input_problems = look
+def main(config):
+    raise DataError("a problem")
+entry.run_recipe(main, RunConfig(name="x"))
+"""
+
+
+def test_rank_0_says_its_error_where_the_launcher_ends_it_while_it_looks_for_others() -> None:
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT)}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", LOOKING], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "looking\n"
+    rank.terminate()
+    assert rank.communicate(timeout=30)[1] == "error: a problem\n"
+    assert rank.returncode == 2
+
+
 def test_settings_are_read_without_importing_torch() -> None:
     code = "import sys, trainer.resolve, launch.cli, launch.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

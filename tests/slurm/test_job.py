@@ -63,7 +63,7 @@ def test_what_training_left_decides_whether_there_is_another_start(
 ) -> None:
     run = make_run(tmp_path / "run", outcome=outcome, step=step)
     assert newest_step(run) == step
-    starts = [replace(START, number=number, step=before)]
+    starts = [replace(START, number=number, step=before, began=time.time() + 60)]  # after the checkpoints were written
     found, why = decide(run, starts, max_restarts=20, job_state=state)
     assert found == verdict, why
     (run / JOBS / CANCELLED).write_text("6")  # another job
@@ -71,6 +71,22 @@ def test_what_training_left_decides_whether_there_is_another_start(
     (run / JOBS / CANCELLED).write_text("7")
     found, why = decide(run, starts, max_restarts=20, job_state=state)
     assert found == ("finished" if outcome == "finished" else "cancelled"), why
+
+
+def test_a_damaged_checkpoint_that_was_written_again_is_progress(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", outcome=None, step=6)
+    again = replace(START, number=2, step=6, began=time.time() - 60)
+    assert decide(run, [again], max_restarts=20, job_state="NODE_FAIL")[0] == "requeue"
+
+
+def test_a_torn_line_hides_no_other_start(tmp_path: Path) -> None:
+    first = note_start(tmp_path, 1.0, {"SLURM_JOB_ID": "30"})
+    file = tmp_path / JOBS / "starts.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"job": "31", "number\x00\x00')
+    second = note_start(tmp_path, 1.0, {"SLURM_JOB_ID": "32"})
+    assert read_starts(tmp_path) == [first, second]
+    file.write_bytes(b"\x00\x00")
+    assert read_starts_or_none(tmp_path) is None
 
 
 def test_a_start_is_noted_and_read_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from trainer.config import HeadConfig, LoraConfig, ModelConfig, RunConfig, Strea
 from trainer.data.stream.open import open_streams
 from trainer.errors import ConfigError
 from trainer.loss import token_losses
+from trainer.model.vocabulary import check_next_tokens
 from trainer.task.clm import ClmTask, bytes_of_tokens, language_metrics
 
 TEXT = "def f(x):\n    return x  # naïve, 素数 🙂\n"
@@ -111,6 +113,23 @@ def test_tokens_stand_for_as_many_bytes_as_their_text_has(make: object) -> None:
     ids = made.encode(TEXT).ids
     assert sum(sizes[ids]) == len(TEXT.encode())
     assert sizes[made.token_to_id("<end>")] == 0
+
+
+def test_a_pretrained_model_learns_on_no_other_tokenizers_tokens(task: ClmTask, tmp_path: Path) -> None:
+    """Every number would be another word."""
+    for name, shift in (("own", 0), ("other", 1)):
+        words = {f"w{number}": (number + shift) % 61 for number in range(61)}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w0").save_pretrained(tmp_path / name)
+        shutil.copy(Path(task.config.model.source) / "config.json", tmp_path / name)
+    file, own = tmp_path / "own" / "tokenizer.json", ModelConfig(source=str(tmp_path / "own"), task="clm")
+    check_next_tokens(own, file)
+    check_next_tokens(own.model_copy(update={"source": str(tmp_path / "other"), "init": "random"}), file)
+    with pytest.raises(ConfigError, match=r"has another tokenizer than the one that made data\.sources"):
+        check_next_tokens(own.model_copy(update={"source": str(tmp_path / "other")}), file)
+    (tmp_path / "words.txt").write_text("novel\n")
+    with pytest.raises(ConfigError, match=r"--tokenizer .*own --added-tokens .*words\.txt"):
+        check_next_tokens(own.model_copy(update={"added_tokens": tmp_path / "words.txt"}), file)
 
 
 def test_lora_and_pretrained_weights_work_and_a_head_is_refused(task: ClmTask, tmp_path: Path) -> None:

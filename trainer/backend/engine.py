@@ -82,7 +82,8 @@ class Engine:
         """L2 norm of the gradient of the global batch, before clipping; the same on all ranks; nan or inf where any part is. Collective."""
         self.heartbeat.beat("gradient norm")
         gradients = self._gradients()
-        norm = nn.utils.get_total_norm(row_norms(gradients) if self.device.type == "cpu" else gradients)
+        on_cpu = bool(gradients) and gradients[0].device.type == "cpu"  # also those that FSDP offloads
+        norm = nn.utils.get_total_norm(row_norms(gradients) if on_cpu else gradients)
         return float(whole(norm)) / self.loss_scale
 
     def step(self, grad_norm: float, max_grad_norm: float | None) -> None:

@@ -9,25 +9,29 @@ from collections.abc import Mapping
 
 from trainer.config import RunConfig
 
-UNSET = ("", "none", "auto")
-
 
 def setting_problems(environ: Mapping[str, str], config: RunConfig, world_size: int) -> list[str]:
     """Each setting in `environ` that would be overridden: field, value, rule, fix."""
     problems = [
         _clipping_problem(environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"), config.optim.max_grad_norm),
-        _accumulation_problem(environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"), config, world_size),
+        _accumulation_problem(environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"), config, world_size),
         *_fsdp_problems(environ),
     ]
     return [problem for problem in problems if problem]
 
 
 def _clipping_problem(value: str, max_grad_norm: float | None) -> str | None:
-    if value in UNSET or float(value) == (max_grad_norm or 0.0):
+    if value == "auto":
+        return None
+    try:
+        asked = float(value)
+    except ValueError:  # accelerate would end in a traceback
+        return f"deepspeed_config.gradient_clipping ({value}) must be a number or auto; leave it out"
+    if asked == (max_grad_norm or 0.0):
         return None
     return (
         f"deepspeed_config.gradient_clipping ({value}) must be optim.max_grad_norm ({max_grad_norm}), which clips on every backend; "
-        f"leave it out, and set optim.max_grad_norm={value if float(value) else 'none'}"
+        f"leave it out, and set optim.max_grad_norm={value if asked else 'none'}"
     )
 
 
@@ -35,20 +39,24 @@ def _accumulation_problem(value: str, config: RunConfig, world_size: int) -> str
     """1 is what the questionnaire writes."""
     largest_share = math.ceil(config.train.global_batch_size / world_size)
     ours = math.ceil(largest_share / (config.train.micro_batch_size or largest_share))
-    if value in (*UNSET, "1", str(ours)):
+    if not value.isdecimal() or int(value) == 0:  # accelerate would end in a traceback
+        return (
+            f"deepspeed_config.gradient_accumulation_steps ({value}) must be a whole number, at least 1; leave it out"
+        )
+    if int(value) in (1, ours):
         return None
     train = config.train
     return (
         f"deepspeed_config.gradient_accumulation_steps ({value}) must be what follows from train.global_batch_size "
         f"({train.global_batch_size}), train.micro_batch_size ({train.micro_batch_size}) and {world_size} process(es), {ours}; "
-        f"leave it out, and set train.micro_batch_size={math.ceil(largest_share / max(1, int(value)))}"
+        f"leave it out, and set train.micro_batch_size={math.ceil(largest_share / int(value))}"
     )
 
 
 def _fsdp_problems(environ: Mapping[str, str]) -> list[str]:
     problems = []
     policy = environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
-    if policy == "SIZE_BASED_WRAP":
+    if policy.upper() == "SIZE_BASED_WRAP":
         problems.append(
             f"fsdp_config.fsdp_auto_wrap_policy ({policy}) is not supported: samestep wraps the model's repeated blocks; "
             "set it to TRANSFORMER_BASED_WRAP or NO_WRAP"

@@ -290,9 +290,9 @@ class Checkpointer:
             progress.window = read_window(windows[engine.rank])
             write_generators(own[engine.rank].generators)
             return
-        if engine.rank == 0:  # the sums of all ranks, by one of them
-            sums = {key: sum(window[key] for window in windows) for key in windows[0]}
-            progress.window = read_window(sums | {key: windows[0][key] for key in SAME_ON_ALL})
+        # The sums of all ranks, by one of them. The others hold zeros of the same quantities: all agree whether a window is open.
+        sums = {key: 0.0 if engine.rank else sum(window[key] for window in windows) for key in windows[0]}
+        progress.window = read_window(sums | {key: windows[0][key] for key in SAME_ON_ALL})
         seed_generators(topology_seed(self.config.train.seed, progress.step, engine.rank))
         self.say(
             f"saved by {manifest.backend} on {manifest.world_size}, continued by {engine.backend} on {engine.world_size}: weights, "

@@ -259,5 +259,5 @@ class LiveData(Section):
     """Tokens of a row; documents are concatenated and cut."""
     isolate: bool = True
     """Documents of a row do not see each other: attention and positions start anew with each."""
-    max_epochs: PositiveFloat = 1.0
+    max_epochs: Annotated[PositiveFloat, MayChange] = 1.0
     """Most passes over a rank's part; more is an error."""

@@ -113,16 +113,16 @@ class Structured:
         before = ""
         if is_first and not has_system and default is not None and template.system is not None:
             before = filled(template.system, content=default)
-        if turn.input and template.user_with_input is not None:
-            return before + filled(template.user_with_input, content=content, input=turn.input)
-        content = f"{content}\n\n{turn.input}" if turn.input else content
+        joined = f"{content}\n\n{turn.input}" if turn.input else content
         if is_first and has_system and template.system is None:
             if template.first_user is None:
                 raise DataError(
                     f"template {self.name} has no place for a system text; use another, or data.system=none"
                 )
-            return filled(template.first_user, content=content, system=self.content(turns[0]))
-        return before + filled(template.user, content=content)
+            return filled(template.first_user, content=joined, system=self.content(turns[0]))
+        if turn.input and template.user_with_input is not None:
+            return before + filled(template.user_with_input, content=content, input=turn.input)
+        return before + filled(template.user, content=joined)
 
     def content(self, turn: Turn) -> str:
         """A turn's text."""

@@ -169,6 +169,10 @@ def _check_pieces(path: Path, template: Template) -> None:
         shown = f"data.template ({path}): {name} ({piece!r})"
         problems += [f"{shown} must hold {{{mark}}}" for mark in needed if mark not in found]
         problems += [f"{shown} is not filled with {{{mark}}}; take it out" for mark in sorted(found.difference(needed))]
+    if template.system is not None and template.first_user is not None:
+        problems.append(
+            f"data.template ({path}): system and first_user are two places for one text; leave first_user out, or system"
+        )
     if template.answer.rstrip().endswith("{content}"):
         problems.append(
             f"data.template ({path}): answer ({template.answer!r}) must end with what stops the model, such as {{eos}}"

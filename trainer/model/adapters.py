@@ -94,7 +94,8 @@ def merged(folder: Path, info: Mapping[str, Any], into: Into, *, trust_remote_co
         if into == "dequantized":
             base = cast(PreTrainedModel, cast(Any, base).dequantize(dtype=torch.float32))
         adapted = put_adapter(base, folder, info)
-        return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload()).eval()
+        whole = cast(Any, adapted).merge_and_unload().to("cpu")  # a quantized base is on the GPU where there is one
+        return cast(PreTrainedModel, whole).eval()
 
 
 def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, trust_remote_code: bool = False) -> None:
@@ -135,12 +136,21 @@ def compare(
     positions, kl, same, largest = 0, 0.0, 0, 0.0
     for text in texts:
         inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-        one, two = (flat_logits(model(**inputs).logits, getattr(first, "config", None)) for model in (first, second))
+        one, two = (
+            flat_logits(logits_on_cpu(model, inputs), getattr(first, "config", None)) for model in (first, second)
+        )
         positions += len(one)
         kl += float(divergences(one, two).sum())
         same += int((one.argmax(-1) == two.argmax(-1)).sum())
         largest = max(largest, float((one - two).abs().max()))
     return Difference(positions, max(kl, 0.0) / max(positions, 1), same / max(positions, 1), largest)
+
+
+def logits_on_cpu(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Of a model on any device."""
+    device = getattr(next(model.parameters(), None), "device", torch.device("cpu"))
+    found: Tensor = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.cpu()
+    return found
 
 
 def flat_logits(logits: Tensor, config: PretrainedConfig | None) -> Tensor:

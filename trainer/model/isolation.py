@@ -9,7 +9,7 @@ DOCUMENT, PADDING = 8, 3  # tokens
 
 
 def check_isolation(model: PreTrainedModel, setting: str) -> None:
-    """ConfigError unless position ids that start anew keep two documents of a row apart. Two forward passes of 32 tokens, on the CPU.
+    """ConfigError unless position ids that start anew keep two documents of a row apart. Two forward passes of 32 tokens.
 
     Of two rows, one of them padded as a batch of packed rows is. setting: what asks for it, and its way out, as "data.isolate=false".
     """
@@ -19,9 +19,10 @@ def check_isolation(model: PreTrainedModel, setting: str) -> None:
             f"model.attention ({attention}) keeps the documents of a packed row apart only where a row is alone in its batch "
             f"(transformers' _is_packed_sequence); use model.attention=sdpa, or {setting}"
         )
-    positions = torch.arange(DOCUMENT).repeat(2, 2)
+    device = next(model.parameters()).device  # quantized weights are on the GPU where there is one
+    positions = torch.arange(DOCUMENT, device=device).repeat(2, 2)
     positions[1, -PADDING:] = 0
-    ids = torch.arange(4 * DOCUMENT).view(2, -1) % model.config.vocab_size
+    ids = torch.arange(4 * DOCUMENT, device=device).view(2, -1) % model.config.vocab_size
     other = ids.clone()
     other[:, :DOCUMENT] = (other[:, :DOCUMENT] + 1) % model.config.vocab_size
     was_training = model.training

@@ -30,14 +30,39 @@ def objective_vocabulary(
     else:
         own = load_tokenizer(model)
         if own.get_vocab() != tokenizer.get_vocab():
-            words = "" if model.added_tokens is None else f" --added-tokens {model.added_tokens}"
-            raise ConfigError(
-                f"model.source ({model.source}) has another tokenizer than the one that made data.sources; make them with its own: "
-                f"samestep data tokenize TEXT --tokenizer {model.source}{words}"
-            )
+            raise other_tokenizer(model)
         tokenizer = own
     vocabulary = vocabulary_of(tokenizer, roles, objective=data.objective, source=model.source, separator=eos)
     return tokenizer, added, vocabulary
+
+
+def check_next_tokens(model: ModelConfig, tokenizer_file: Path) -> None:
+    """ConfigError where a token of the data would be another word, or none, to a pretrained causal model.
+
+    Its tokenizer may have more tokens, but no added ones that the data cannot have.
+    """
+    if model.init == "random":
+        return
+    data = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file)).get_vocab()
+    try:
+        own = load_tokenizer(model).get_vocab()
+    except (
+        ConfigError
+    ):  # weights without a tokenizer: their number of tokens is all that can be compared (architecture.py)
+        if model.added_tokens is not None:
+            raise
+        return
+    if not data.items() <= own.items() or (model.added_tokens is not None and len(data) < len(own)):
+        raise other_tokenizer(model)
+
+
+def other_tokenizer(model: ModelConfig) -> ConfigError:
+    """What is wrong, and the command that mends it."""
+    words = "" if model.added_tokens is None else f" --added-tokens {model.added_tokens}"
+    return ConfigError(
+        f"model.source ({model.source}) has another tokenizer than the one that made data.sources; make them with its own: "
+        f"samestep data tokenize TEXT --tokenizer {model.source}{words}"
+    )
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

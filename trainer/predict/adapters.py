@@ -21,6 +21,8 @@ from trainer.predict.classify import Predictor, Text, check_texts, predictor_of
 from trainer.predict.kinds import AnyPrediction
 
 TASKS = ("classification", "clm")
+USUAL = {"pooling": "model"}
+"""What an adapter has that says nothing of it: one that plain PEFT made."""
 
 
 class SharedBase:
@@ -142,7 +144,8 @@ def check_one_base(found: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> None:
         )
     for name, (_, about) in rest:
         for key in ("task", "base", "quantization", "pooling", "head_layers"):
-            if about.get(key) != info.get(key):
+            own, other = (facts.get(key, USUAL.get(key)) for facts in (about, info))
+            if own != other:
                 raise CheckpointError(
-                    f"--adapters: {name} belongs to {key} {about.get(key)}, but {first} to {info.get(key)}; give adapters of one base"
+                    f"--adapters: {name} belongs to {key} {own}, but {first} to {other}; give adapters of one base"
                 )

@@ -1,7 +1,7 @@
 """The bottom line of every recipe: read the arguments, run, and leave quietly.
 
-A user's mistake ends every rank with exit code 2 and is printed once. Rank 0 prints at once, and the launcher then ends
-the others. Another rank waits before it prints: if it is still alive after that, rank 0 did not fail, so the mistake is
+A user's mistake ends every rank with exit code 2 and is printed once. Rank 0 prints first, with what else it finds, and the launcher
+then ends the others. Another rank waits before it prints: if it is still alive after that, rank 0 did not fail, so the mistake is
 this rank's alone (a file that is missing on one machine) and must not be lost.
 """
 
@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from trainer.config import RunConfig
 from trainer.errors import AlreadyFinished, ConfigError, DataError, SamestepError
@@ -68,7 +69,9 @@ def _run(main: Callable[[RunConfig], None], defaults: RunConfig, argv: Sequence[
         main(config)
     except (ConfigError, DataError) as error:
         # Builders stop at the first mistake; the others are looked for now, so that a sound run does not read its data twice.
-        raise ConfigError(*dict.fromkeys([*_problems(error), *input_problems(config)])) from error
+        with _said_if_terminated(error):
+            problems = input_problems(config)
+        raise ConfigError(*dict.fromkeys([*_problems(error), *problems])) from error
 
 
 def _checked_settings(attempt: Attempt) -> RunConfig:
@@ -79,6 +82,24 @@ def _checked_settings(attempt: Attempt) -> RunConfig:
     if attempt.resolved is not None:
         problems += input_problems(attempt.resolved.config, problems)
     raise ConfigError(*problems)
+
+
+@contextmanager
+def _said_if_terminated(error: SamestepError) -> Iterator[None]:
+    """Rank 0's error is said even where looking for others takes longer than the launcher waits, after another rank has ended."""
+
+    def say(*_: object) -> None:
+        print(error_text(error), file=sys.stderr, flush=True)
+        os._exit(2)
+
+    if _rank() != 0 or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, say)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _problems(error: SamestepError) -> tuple[str, ...]:

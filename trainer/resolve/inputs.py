@@ -37,10 +37,12 @@ def _check_data(config: RunConfig) -> None:
         from trainer.data.stream.open import open_streams
 
         streams = open_streams(config)
-        if config.data.objective != "clm":
-            from trainer.data.objectives import build_objective
-            from trainer.model.vocabulary import objective_vocabulary
+        from trainer.data.objectives import build_objective
+        from trainer.model.vocabulary import check_next_tokens, objective_vocabulary
 
+        if config.data.objective == "clm":
+            check_next_tokens(config.model, streams.tokenizer_file)
+        else:
             _, _, vocabulary = objective_vocabulary(
                 config.model, config.data, streams.tokenizer_file, streams.train.tokenizer.eos
             )

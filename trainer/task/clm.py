@@ -22,6 +22,7 @@ from trainer.data.stream.open import Streams, open_streams
 from trainer.errors import ConfigError
 from trainer.loss import token_losses
 from trainer.model.architecture import load_architecture
+from trainer.model.vocabulary import check_next_tokens
 from trainer.screen import announce
 from trainer.task.protocol import Batch, Evaluation, Forward, Outputs, SplitName
 
@@ -188,9 +189,8 @@ class ClmTask(LanguageTask):
         return read_batch(self.streams.train.batch(ids.tolist()), self.sequence_length)
 
     def validation_batch(self, ids: np.ndarray) -> Batch:
-        return read_batch(
-            self.streams.validation.batch(self.streams.validation_samples(ids).tolist()), self.sequence_length
-        )
+        samples = self.streams.validation_samples(ids).tolist()
+        return read_batch(self.streams.validation.batch(samples, scattered=True), self.sequence_length)
 
     def rank_state(self, step: int) -> bytes:
         return b""
@@ -202,6 +202,7 @@ class ClmTask(LanguageTask):
 def build(config: RunConfig, accelerator: Accelerator) -> ClmTask:
     """Open the datasets and say what they are; nothing is read yet but manifests, document ends and plans."""
     task = ClmTask(config, open_streams(config))
+    check_next_tokens(config.model, task.streams.tokenizer_file)
     check_positions(config, task.sequence_length)
     announce(describe(config, task.streams), is_main=accelerator.is_main_process)
     return task

@@ -112,7 +112,8 @@ class InstructTask(LanguageTask):
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is None or positions <= 0:
             return self.settings.new_tokens
-        return min(self.settings.new_tokens, int(positions) - sample.prompt_length)
+        virtual = getattr(self.config.method, "num_virtual_tokens", 0)
+        return min(self.settings.new_tokens, int(positions) - virtual - sample.prompt_length)
 
     def text(self, ids: Any) -> str:
         """Without special tokens and the white space around."""

@@ -43,7 +43,10 @@ class LiveTask(LanguageTask):
 
     def identity(self) -> dict[str, str]:
         """Of what is asked for; a stream's content is not known before it is read."""
-        facts = [self.data.model_dump(mode="json", exclude={"validation_rows"}), len(cast(Any, self.tokenizer))]
+        facts = [
+            self.data.model_dump(mode="json", exclude={"validation_rows", "max_epochs"}),
+            len(cast(Any, self.tokenizer)),
+        ]
         return {"data": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
 
     def tokenizer_files(self) -> dict[str, bytes]:

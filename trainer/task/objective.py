@@ -92,10 +92,10 @@ class ObjectiveTask(clm.ClmTask):
     def made(self, objective: Any, stream: Stream, ids: np.ndarray) -> Batch:
         """CPU tensors of these samples. Without ids: the first sample, without targets."""
         samples = ids if len(ids) else np.zeros(1, np.int64)
-        rows = self.rows(stream, samples)
-        if self.is_paired:
-            others = earlier(samples, objective.seed)
-            rows = Rows(rows.ids, rows.held, rows.samples, rows.documents, self.rows(stream, others))
+        rows = self.rows(stream, samples, scattered=stream is self.streams.validation)
+        if self.settings.objective == "mlm_nsp":
+            others = self.rows(stream, earlier(samples, objective.seed), scattered=True)
+            rows = Rows(rows.ids, rows.held, rows.samples, rows.documents, others)
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in objective.batch(rows).items()}
         if not len(ids):
             batch |= {
@@ -103,9 +103,9 @@ class ObjectiveTask(clm.ClmTask):
             }
         return batch | {"num_tokens": torch.from_numpy(rows.held[: len(ids)])}
 
-    def rows(self, stream: Stream, samples: np.ndarray) -> Rows:
+    def rows(self, stream: Stream, samples: np.ndarray, *, scattered: bool) -> Rows:
         """Rows of a stream, as an objective takes them."""
-        read = stream.batch(samples.tolist(), document_ids=self.is_paired)
+        read = stream.batch(samples.tolist(), document_ids=self.is_paired, scattered=scattered)
         return Rows(read["input_ids"], read["num_tokens"], samples, read.get("document_ids"))
 
     def model_inputs(self, batch: Batch) -> Batch:

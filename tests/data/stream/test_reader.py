@@ -87,6 +87,45 @@ def test_plans_are_kept_and_made_again_when_damaged(folders: list[Path], tmp_pat
     assert digest(Stream(folders, chosen, plan_folder=tmp_path).batch(range(50))) == expected
 
 
+@pytest.mark.parametrize("isolate", [True, False])
+def test_scattered_samples_are_the_same_and_nothing_is_kept_of_them(isolate: bool, folders: list[Path]) -> None:
+    one, two = stream(folders, isolate=isolate), stream(folders, isolate=isolate)
+    samples = [70, 3, 3, 41, 12]
+    alone = one.batch(samples, document_ids=True, scattered=True)
+    assert digest(alone) == digest(two.batch(samples, document_ids=True))
+    assert not one._segments
+    assert one.batch([], scattered=True)["input_ids"].shape == (0, 32)
+    with pytest.raises(DataError, match="would be pass"):
+        one.batch([5, 10**6], scattered=True)
+
+
+def test_behind_the_first_source_that_ran_out_nothing_is_read(folders: list[Path]) -> None:
+    """Also where the sample's own source has more."""
+    one = stream(folders[:2], weights=(9, 1), max_epochs=1)
+    last = next(k for k in range(10**4) if one.mixture.at(k) == (0, one.rows[0]))
+    behind = next(k for k in range(last, 10**4) if one.mixture.at(k)[0] == 1)
+    for scattered in (False, True):
+        with pytest.raises(DataError, match=r"/0 has .* would be pass 2 over it"):
+            one.batch([last, behind], scattered=scattered)
+    with pytest.raises(DataError, match=r"/0 has .* would be pass 2 over it"):
+        one.place(behind)
+
+
+def test_a_shard_is_open_until_its_last_row_and_again_when_asked_for(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many files as a process may open hold no more than that many shards; going back reads the same."""
+    monkeypatch.setattr("trainer.data.stream.source.OPEN_SHARDS", 1)
+    one = stream(folders[:1], weights=(1,), max_epochs=1)
+    count, most = one.rows[0], 0
+    seen = []
+    for sample in range(count):
+        seen.append(digest(one.batch([sample])))
+        most = max(most, len(one._segment(0).readers), len(one.sources[0].readers))
+    assert most <= 4 < len(one.sources[0].rows)  # two windows of 2
+    assert [digest(one.batch([sample])) for sample in range(count)] == seen
+
+
 def test_sources_of_different_tokenizers_are_refused(folders: list[Path], tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path / "other", TOKENIZER.model_copy(update={"sha256": "1" * 64}))
     writer.add(np.ones(100))

@@ -209,6 +209,35 @@ def test_a_cached_shard_that_was_changed_is_found_at_first_use(dataset: Path, tm
         read_all(Stream([open_remote(tmp_path)], SETTINGS))
 
 
+def test_a_cached_shard_that_a_power_cut_left_short_is_fetched_again(dataset: Path, tmp_path: Path) -> None:
+    whole = read_all(Stream([open_remote(tmp_path)], SETTINGS))
+    found = open_remote(tmp_path)
+    (found.folder / "shard-00002.bin").write_bytes(b"")
+    assert np.array_equal(read_all(Stream([found], SETTINGS)), whole)
+
+
+def test_what_is_given_up_is_closed(dataset: Path, tmp_path: Path) -> None:
+    """An open file takes its room on the disk as long as it is open."""
+    found = open_remote(tmp_path, limit_bytes=3.5 * max(2 * shard.tokens for shard in read_manifest(dataset).shards))
+    stream, most = Stream([found], SETTINGS), 0
+    for sample in range(stream.rows[0]):
+        stream.batch([sample])
+        most = max(most, sum(not reader.path.exists() for reader in stream.sources[0].readers.values()))
+    assert (
+        most <= 3 < len(read_manifest(dataset).shards) - 3
+    )  # what downloads ahead gave up since the last shard was opened
+
+
+def test_a_download_that_was_killed_makes_no_room(dataset: Path, tmp_path: Path) -> None:
+    size = max(2 * shard.tokens for shard in read_manifest(dataset).shards)
+    found = open_remote(tmp_path, limit_bytes=2.5 * size)
+    for number in (5, 6):
+        (found.folder / f".shard-{number:05d}.bin.part").write_bytes(b"half")
+    found.fetch(0, [0, 1, 2])
+    found.fetch(1, [0, 1, 2])
+    assert shard_files(found) == {"shard-00001.bin"}  # beside two parts there is room for none, and one is needed
+
+
 def test_what_a_killed_download_left_is_never_read(dataset: Path, tmp_path: Path) -> None:
     found = open_remote(tmp_path)
     (found.folder / ".shard-00000.bin.part").write_bytes(b"half")

@@ -56,13 +56,13 @@ class MlmPairs:
 
     def batch(self, rows: Rows) -> Batch:
         """input_ids, token_type_ids, attention_mask, labels (B, T) int64; pair_labels (B,)."""
-        assert rows.others is not None
         words = random_rows(rows.samples, 3, self.seed, PAIRS)
         changed, draws = below(words[:, 0], 0.5), uniform(words[:, 1:])
         ids = np.full((len(rows.ids), self.length), self.vocabulary.pad)
         types, is_token = np.zeros_like(ids), np.zeros(ids.shape, np.bool_)
         for b in range(len(ids)):
-            document, other = (longest_document(side, b, self.vocabulary) for side in (rows, rows.others))
+            document = longest_document(rows, b, self.vocabulary)
+            other = document if rows.others is None else longest_document(rows.others, b, self.vocabulary)
             first, second = self.pair(document, other, draws[b], changed[b])
             start, end = [self.vocabulary.start], [self.vocabulary.end]
             line = np.concatenate([start, first, end, second, end])

@@ -50,7 +50,7 @@ class Rows:
     documents: Ids | None = None
     """(B, n) the document of each token, counted in its row, -1 behind; for objectives on pairs."""
     others: "Rows | None" = None
-    """For objectives on pairs: a row of another place for each row."""
+    """For nsp: a row of another place for each row."""
 
     @property
     def is_token(self) -> NDArray[np.bool_]:

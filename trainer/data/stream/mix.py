@@ -47,6 +47,8 @@ class Mixture:
 
     def at(self, sample: int) -> tuple[int, int]:
         """(source, its running number from 0) of a global sample."""
+        if len(self.shares[0]) == 1:
+            return 0, sample
         stage = max(i for i, found in enumerate(self.stages) if found.start <= sample)
         inside = sample - self.stages[stage].start
         number, position = divmod(inside, self.block)

@@ -73,9 +73,10 @@ class Stream:
 
     def _place(self, sample: int) -> tuple[int, int, int, int]:
         segment, inside = self._segment(sample // SEGMENT), sample % SEGMENT
-        if inside >= segment.num_samples:
-            source, k = self.mixture.at(sample)
-            self.sources[source].check(k)
+        if inside >= segment.num_samples:  # none is read behind the first that must not be
+            for number in (sample, sample - inside + segment.num_samples):
+                source, k = self.mixture.at(number)
+                self.sources[source].check(k)
         source, epoch, shard, row = segment.places[:, inside].tolist()
         return source, epoch, shard, row
 
@@ -83,28 +84,34 @@ class Stream:
         """SEGMENT consecutive samples, up to the first that a source would have to give once too often; the last few are kept."""
         segment = self._segments.get(number)
         if segment is None:
-            sources, ks = self.mixture.span(number * SEGMENT, SEGMENT)
-            found = np.empty((4, SEGMENT), np.int64)
-            found[0] = sources
-            for source in np.unique(sources).tolist():
-                mine = sources == source
-                found[1:, mine] = self.sources[source].places(ks[mine])
-            allowed = int(np.argmin(np.append(found[1], -1)))
-            length, isolate = self.settings.sequence_length, self.settings.isolate
-            segment = Segment(found[:, :allowed], self.sources, length, self._dtype, isolate=isolate)
+            segment = self._placed(*self.mixture.span(number * SEGMENT, SEGMENT))
+            for other in self._segments.values():
+                other.close(list(other.readers))
             self._segments[number] = segment
             while len(self._segments) > KEPT_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return segment
 
-    def batch(self, samples: Sequence[int], *, document_ids: bool = False) -> Batch:
+    def _placed(self, sources: NDArray[np.int64], ks: NDArray[np.int64]) -> Segment:
+        """Of the ks-th samples of these sources, up to the first that its source would have to give once too often."""
+        found = np.empty((4, len(ks)), np.int64)
+        found[0] = sources
+        for source in np.unique(sources).tolist():
+            mine = sources == source
+            found[1:, mine] = self.sources[source].places(ks[mine])
+        allowed = int(np.argmin(np.append(found[1], -1)))
+        length, isolate = self.settings.sequence_length, self.settings.isolate
+        return Segment(found[:, :allowed], self.sources, length, self._dtype, isolate=isolate)
+
+    def batch(self, samples: Sequence[int], *, document_ids: bool = False, scattered: bool = False) -> Batch:
         """Arrays of these global samples, B rows of T: input_ids, labels; with `isolate` also position_ids, all (B, T) int64.
 
         labels[b, t] is the token after input_ids[b, t]; -100 where that is another document, another row or padding. num_tokens: (B,)
         int64, tokens of each row that are no padding. document_ids: (B, T) int64 if asked for, counted from 0 in each row, padding -1.
+        scattered: no neighbours of the samples will be asked for; they are placed alone, and their places not kept.
         """
         shape, isolate = (len(samples), self.settings.sequence_length), self.settings.isolate
-        cut = self._cut(samples)
+        cut = self._cut_alone(samples) if scattered else self._cut(samples)
         tokens = np.frombuffer(b"".join(cut.tokens), self._dtype)
         if not (cut.is_padded or isolate or document_ids):
             return plain_batch(tokens.reshape(shape), cut.held)
@@ -147,6 +154,14 @@ class Stream:
             cut = segment.cut(inside, inside + count).after(cut, at * self.settings.sequence_length)
             at += count
         return cut
+
+    def _cut_alone(self, samples: Sequence[int]) -> Cut:
+        """The same of samples that lie anywhere."""
+        sources, ks = np.array([self.mixture.at(sample) for sample in samples], np.int64).reshape(-1, 2).T
+        segment = self._placed(sources, ks)
+        for source, k in zip(sources[segment.num_samples :].tolist(), ks[segment.num_samples :].tolist(), strict=True):
+            self.sources[source].check(k)  # raises for the first
+        return segment.cut(0, len(samples)) if samples else EMPTY
 
     @cached_property
     def identity(self) -> str:

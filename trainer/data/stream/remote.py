@@ -6,6 +6,7 @@ file. Invariant: a file under its own name is complete and was verified; readers
 
 import errno
 import hashlib
+import os
 import random
 import threading
 import time
@@ -148,14 +149,21 @@ class RemoteDataset:
             held = [found for found in range(len(shards)) if found != number and self.is_held(shards[found])]
             kept = sum(size_of(shards[found], self.manifest) for found in held) + size_of(shards[number], self.manifest)
             held.sort(key=lambda found: ranks.get(found, last))
-            while held and kept > self.limit_bytes:
-                found = held.pop()
+            whole = [
+                found for found in held if (self.folder / shards[found].file).exists()
+            ]  # what is on its way makes no room
+            while whole and kept > self.limit_bytes:
+                found = whole.pop()
                 if ahead and ranks.get(found, last) < ranks.get(number, last):
                     return False
                 (self.folder / shards[found].file).unlink(missing_ok=True)  # who has it open reads on
                 kept -= size_of(shards[found], self.manifest)
             self.part(shards[number]).touch()
             return True
+
+    def discard(self, number: int) -> None:
+        """Delete the copy of a shard that is not what was fetched."""
+        (self.folder / self.manifest.shards[number].file).unlink(missing_ok=True)
 
     def part(self, shard: Shard) -> Path:
         """Where a download grows."""
@@ -178,6 +186,8 @@ class RemoteDataset:
                     while block := read_block(source, alive):
                         blocks.append(hash_bytes(block))
                         target.write(block)
+                    target.flush()
+                    os.fsync(target.fileno())  # before it has its name: a power cut leaves no short file under it
             if blocks != shard.blocks:
                 raise ValueError(UNLIKE)
 

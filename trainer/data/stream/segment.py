@@ -5,7 +5,7 @@ joins its pieces as bytes and widens the whole, in half the time of np.concatena
 thousands of them set off the garbage collector, whose walk over a process with torch takes 30 ms. Local to the process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ Ints = NDArray[np.int64]
 NOTHING: Ints = np.zeros(0, np.int64)
 PADDING = -1
 """In the place of a shard: zeros, the last of `files`."""
+CLOSED = memoryview(b"")
+CLOSED.release()  # so that a slice of it is an error, not a row without tokens
 
 
 class Cut(NamedTuple):
@@ -70,8 +72,8 @@ class Segment:
         """Samples first to last - 1, verified. DataError for tokens that were changed."""
         start, end = self.bounds[first], self.bounds[last]
         groups, begins, ends, sizes = self.pieces[:, start:end].tolist()
-        if self.pending:
-            self.prepare(groups, begins, ends)
+        if not self.pending.isdisjoint(groups):
+            self.prepare(first, groups, begins, ends)
         files, narrow = self.files, self.narrow
         tokens = [files[group][begin:stop] for group, begin, stop in zip(groups, begins, ends, strict=True)]
         if narrow:  # widened to the type of the others
@@ -82,21 +84,29 @@ class Segment:
         lasts = self.lasts[start:end] - first * self.length if self.isolate else NOTHING
         return Cut(tokens, sizes, lasts, self.held[first:last].copy(), is_padded=PADDING in groups)
 
-    def prepare(self, groups: list[int], begins: list[int], ends: list[int]) -> None:
-        """Let the files that these pieces lie in be there and open, and their blocks verified."""
+    def prepare(self, first: int, groups: list[int], begins: list[int], ends: list[int]) -> None:
+        """Let the shards that these pieces of samples from `first` on lie in be there and open, and their blocks verified."""
         for group, begin, end in zip(groups, begins, ends, strict=True):
             if group in self.pending:
-                reader = self.readers[group] or self.open(group)
+                reader = self.readers.get(group) or self.open(group, first)
                 reader.verify(begin, end)
                 if not reader.num_unverified:
                     self.pending.remove(group)
 
-    def open(self, group: int) -> ShardReader:
-        """Only when needed: with long rows a segment is more shards than a node's disk may hold of a remote dataset."""
+    def open(self, group: int, first: int) -> ShardReader:
+        """Only when needed, and until its last sample: a segment may be more shards than a process may open, or a disk may hold."""
+        self.close([other for other in self.readers if self.shards[other][0][-1] < first])
         _, source, shard, epoch = self.shards[group]
         self.readers[group] = reader = source.reader(shard, epoch)
         self.files[group] = reader.bytes.data
         return reader
+
+    def close(self, groups: Iterable[int]) -> None:
+        """Let go of these shards; they are opened again where they are needed."""
+        for group in groups:
+            del self.readers[group]
+            self.files[group] = CLOSED
+            self.pending.add(group)
 
     @cached_property
     def shards(self) -> list[tuple[Ints, Source, int, int]]:
@@ -110,20 +120,19 @@ class Segment:
         return found
 
     @cached_property
-    def readers(self) -> list[ShardReader | None]:
-        """Of every shard, once it is open."""
-        return [None] * len(self.shards)
+    def readers(self) -> dict[int, ShardReader]:
+        """Of the shards that are open."""
+        return {}
 
     @cached_property
     def pending(self) -> set[int]:
-        """Shards that are not open, or have blocks that nobody has looked at; shrinks."""
+        """Shards that are not open, or have blocks that nobody has looked at."""
         return set(range(len(self.shards)))
 
     @cached_property
     def files(self) -> list[memoryview]:
-        """Bytes of every shard, once it is open; the last are zeros."""
-        zeros = memoryview(bytes(self.length * self.dtype.itemsize))
-        return [*[zeros] * len(self.shards), zeros]
+        """Bytes of every shard, while it is open; the last are zeros."""
+        return [*[CLOSED] * len(self.shards), memoryview(bytes(self.length * self.dtype.itemsize))]
 
     @cached_property
     def widths(self) -> list[int]:

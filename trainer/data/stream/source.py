@@ -19,8 +19,8 @@ from trainer.data.stream.remote import RemoteDataset
 from trainer.data.stream.shards import ShardReader, read_ends
 from trainer.errors import DataError
 
-OPEN_SHARDS = 64
-"""Open at a time, of one source: more than a few windows."""
+OPEN_SHARDS = 16
+"""Kept open at a time, of one source, or two windows; its readers know what is verified. Few, for a mixture may have many sources."""
 KEPT_PLAN_BYTES = 16 * 2**20
 """Of the plans that one source keeps in memory: 13 of shards of 64 MB, more than a window."""
 OPEN_TRIES = 5
@@ -127,23 +127,26 @@ class Source:
         """An open shard; the one used longest ago is closed. epoch: in which it is read, for what is fetched ahead."""
         found = self.readers.get(shard)
         if found is not None:
-            if len(self.readers) > OPEN_SHARDS // 2:
-                self.readers.move_to_end(shard)
+            self.readers.move_to_end(shard)
             return found
         with self.lock:
             found = self.readers[shard] = self._open_shard(shard, epoch)
-            if len(self.readers) > OPEN_SHARDS:
+            given_up = [number for number, reader in self.readers.items() if not reader.path.exists()]
+            for number in given_up if self.remote is not None else ():
+                del self.readers[number]  # an open file takes its room on the disk until it is closed
+            if len(self.readers) > max(OPEN_SHARDS, 2 * self.settings.window):
                 self.readers.popitem(last=False)
             return found
 
     def _open_shard(self, shard: int, epoch: int) -> ShardReader:
-        """Fetched first where it is remote, and again where another process gave it up before it was open."""
+        """Fetched first where it is remote, and again where another process gave it up before it was open, or a copy is damaged."""
         found, dtype = self.catalog.shard(shard), self.catalog.dtype
         if self.remote is not None:
             for _ in range(OPEN_TRIES):
                 self.fetch(self.remote, shard, epoch)
                 with suppress(DataError):
                     return ShardReader(self.folder, found, dtype)
+                self.remote.discard(shard)
         return ShardReader(self.folder, found, dtype)
 
     def fetch(self, remote: RemoteDataset, shard: int, epoch: int) -> None:
