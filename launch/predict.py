@@ -29,6 +29,7 @@ TEXTS_AT_ONCE = 4096
 
 GENERATION = ("new_tokens", "num_beams", "temperature", "seed")
 READS: dict[str, tuple[str, ...]] = {
+    "classification": ("precision",),
     "mlm": ("top_k",),
     "mlm_pairs": ("top_k",),
     "question_answering": ("context",),
@@ -39,7 +40,13 @@ READS: dict[str, tuple[str, ...]] = {
 
 
 def predict_command(
-    run: Path, texts: list[str], *, file: Path | None = None, batch_size: int = 32, as_json: bool = False
+    run: Path,
+    texts: list[str],
+    *,
+    file: Path | None = None,
+    batch_size: int = 32,
+    as_json: bool = False,
+    precision: str = "no",
 ) -> int:
     """Predict the texts, then the lines of `file`; `-`, or neither, is standard input. Returns the exit code.
 
@@ -50,7 +57,7 @@ def predict_command(
     quiet_libraries()
     from trainer.predict.classify import load_predictor
 
-    return predict_with(load_predictor(folder), sources, batch_size=batch_size, as_json=as_json)
+    return predict_with(load_predictor(folder, precision=precision), sources, batch_size=batch_size, as_json=as_json)
 
 
 def predict_with(predictor: "Predictor", sources: "Sources", *, batch_size: int, as_json: bool) -> int:

@@ -44,6 +44,7 @@ def predict(
     num_beams: Annotated[int | None, typer.Option(min=1, help="Above 1: beam search.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample; without it the likeliest text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of classes: no (fp32), or bf16, which is faster.")] = None,
 ) -> None:
     """Answer each text by the model's task: class, tokens behind masks, entities, answer, text.
 
@@ -56,10 +57,13 @@ def predict(
         "num_beams": num_beams,
         "temperature": temperature,
         "seed": seed,
+        "precision": precision,
     }
+    if precision not in (None, "no", "bf16"):
+        raise ConfigError(f"--precision ({precision}): must be no or bf16")
     asked = {name: value for name, value in options.items() if value is not None}
     if adapters is not None:
-        refuse_beside_adapters({"--task": task, "--chat": chat, "--context": context})
+        refuse_beside_adapters({"--task": task, "--chat": chat, "--context": context, "--precision": precision})
         asked["batch_size"] = batch_size
         raise typer.Exit(predict_adapters_command(adapters, run_folder, given, asked, file=file, as_json=as_json))
     if run_folder is None:
@@ -76,7 +80,15 @@ def predict(
     check_options(found, asked, source=run_folder)
     if found == "classification":
         raise typer.Exit(
-            classes(run_folder, given, file=file, as_json=as_json, batch_size=batch_size, is_source=task is not None)
+            classes(
+                run_folder,
+                given,
+                file=file,
+                as_json=as_json,
+                batch_size=batch_size,
+                precision=precision or "no",
+                is_source=task is not None,
+            )
         )
     chosen = PredictOptions(batch_size=batch_size, **asked)
     raise typer.Exit(
@@ -103,17 +115,26 @@ def read_context(file: Path) -> str:
 
 
 def classes(
-    source: str, texts: list[str], *, file: Path | None, as_json: bool, batch_size: int, is_source: bool
+    source: str,
+    texts: list[str],
+    *,
+    file: Path | None,
+    as_json: bool,
+    batch_size: int,
+    precision: str,
+    is_source: bool,
 ) -> int:
     """Labels and confidences, of a run or of a model source."""
     if not is_source:
-        return predict_command(Path(source), texts, file=file, batch_size=batch_size, as_json=as_json)
+        path = Path(source)
+        return predict_command(path, texts, file=file, batch_size=batch_size, as_json=as_json, precision=precision)
     sources = Sources(texts, file)
     quiet_libraries()
-    from trainer.predict.classify import Predictor
+    from trainer.predict.classify import Predictor, in_precision
     from trainer.predict.source import open_source
 
     model, tokenizer, info = open_source(source, "classification")
+    in_precision(model, precision, info)
     predictor = Predictor(model, tokenizer, label_names=info["label_names"], max_length=info["max_length"])
     return predict_with(predictor, sources, batch_size=batch_size, as_json=as_json)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch.cli import main
 from launch.predict import predict_command
 from tests.tiny import BAD, GOOD, tiny_bert
 from trainer import run_folder
@@ -100,6 +101,23 @@ def test_adapter_and_full_model_predict_what_they_were_trained_on(predictor, tmp
         assert [each.label for each in one.predict(["good", "bad", "fine", "awful"])] == [
             "positive", "negative", "positive", "negative",
         ]  # fmt: skip
+
+
+def test_bf16_is_the_same_to_its_rounding_and_refused_where_it_cannot_be(run, base, tmp_path, capsys):
+    texts = ["good", "bad", "fine film", "awful film"]
+    exact, rounded = (load_predictor(run, precision=precision).predict(texts) for precision in ("no", "bf16"))
+    assert [one.label for one in rounded] == [one.label for one in exact]
+    differences = [abs(one.confidence - two.confidence) for one, two in zip(exact, rounded, strict=True)]
+    assert 0 < max(differences) < 0.02
+    quantized = export_run(tmp_path / "qlora", base, "qlora")
+    for words, message in (
+        ((str(run), "good", "--precision", "fp16"), "--precision (fp16): must be no or bf16"),
+        ((str(quantized), "good", "--precision", "bf16"), "base is quantized and keeps its own types"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", *words])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_adapter_predicts_the_same_as_plain_peft_to_rounding(predictor, run, base):

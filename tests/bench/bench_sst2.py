@@ -80,6 +80,7 @@ def main() -> None:
             "accuracy_minus_hf": accuracy,
             "vs_bare_loop": median_ratio(speed, "samestep", "bare PyTorch loop"),
             "predict_vs_one_at_a_time": median_ratio(predict, "samestep", "one at a time, 128 tokens"),
+            "predict_bf16_vs_one_at_a_time": median_ratio(predict, "samestep, bf16", "one at a time, 128 tokens"),
             "ddp2_vs_1": median_ratio(ddp, "samestep, 2 ranks", "samestep, 1 process"),
             "ddp2_vs_bare_ddp2": median_ratio(ddp, "samestep, 2 ranks", "bare DDP, 2 ranks"),
         }
@@ -136,7 +137,8 @@ def measure_prediction(job: Job, rounds: int) -> Values:
     """Sentences per second of samestep's predictor, and of the loop that many tutorials show."""
     return in_turn(
         {
-            "samestep": lambda: run_ranks(predictor_speed, "single", 1, args=(job,), timeout_s=600)[0],
+            "samestep": lambda: run_ranks(predictor_speed, "single", 1, args=(job, "no"), timeout_s=600)[0],
+            "samestep, bf16": lambda: run_ranks(predictor_speed, "single", 1, args=(job, "bf16"), timeout_s=600)[0],
             "one at a time, 128 tokens": lambda: one_at_a_time(job, merged=False),
             "the same, adapter merged": lambda: one_at_a_time(job, merged=True),
         },
@@ -200,12 +202,13 @@ def own_batches(config: RunConfig, accelerator: Accelerator, data: Classificatio
 # Prediction and accuracy
 
 
-def predictor_speed(job: Job) -> float:
+def predictor_speed(job: Job, precision: str) -> float:
     """Sentences per second of samestep's predictor on an adapter that it opens from disk."""
     accelerator, data = set_up(job)
     texts = read_splits(job.config.data).train.texts[:NUM_SENTENCES]
-    with tempfile.TemporaryDirectory() as folder:
-        predictor = load_predictor(exported(job, data, Path(folder) / "model"), accelerator.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = exported(job, data, Path(name) / "model")
+        predictor = load_predictor(folder, accelerator.device, precision=precision)
     predictor.predict(texts[:32])
     started = time.perf_counter()
     predictor.predict(texts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.model.export import load_exported
 from trainer.model.methods import METHODS
 from trainer.predict.kinds import AnyPrediction, prediction_of, scores_of
@@ -85,14 +85,26 @@ class Predictor:
         return prediction_of(row, self.label_names, self.target, is_cut=sample["is_cut"])
 
 
-def load_predictor(run_or_folder: Path, device: torch.device | None = None) -> Predictor:
-    """Open what a run exported: a run directory, its model folder, or a copy. CheckpointError says what is missing."""
+def load_predictor(run_or_folder: Path, device: torch.device | None = None, *, precision: str = "no") -> Predictor:
+    """Open what a run exported: a run directory, its model folder, or a copy. CheckpointError says what is missing.
+
+    precision: no is fp32; bf16 rounds the weights and computes in them.
+    """
     folder = find_exported(run_or_folder)
     model, tokenizer, info = load_exported(folder)
     row = METHODS.get(info.get("method", ""))
     if row is not None and row.merges and not info.get("quantization"):  # merged into 4 bits it would be another model
         model = cast(Any, model).merge_and_unload()  # same numbers to rounding, and no adapter arithmetic per text
-    return predictor_of(model, tokenizer, info, device)
+    return predictor_of(in_precision(model, precision, info), tokenizer, info, device)
+
+
+def in_precision(model: nn.Module, precision: str, info: Mapping[str, Any]) -> nn.Module:
+    """The model in fp32 (no) or bf16. ConfigError for a quantized base. In place."""
+    if precision == "no":
+        return model
+    if info.get("quantization"):
+        raise ConfigError("--precision (bf16): this model's base is quantized and keeps its own types; leave it out")
+    return model.to(torch.bfloat16)
 
 
 def predictor_of(
