@@ -9,7 +9,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -51,14 +51,8 @@ def predict(
     Example: samestep predict runs/lora_sst2 "a gripping film" "dull from start to end"
     """
     given = list(texts or ())
-    options: dict[str, Any] = {
-        "top_k": top_k,
-        "new_tokens": new_tokens,
-        "num_beams": num_beams,
-        "temperature": temperature,
-        "seed": seed,
-        "precision": precision,
-    }
+    options: dict[str, Any] = {"top_k": top_k, "new_tokens": new_tokens, "num_beams": num_beams}
+    options |= {"temperature": temperature, "seed": seed, "precision": precision}
     if precision not in (None, "no", "bf16"):
         raise ConfigError(f"--precision ({precision}): must be no or bf16")
     asked = {name: value for name, value in options.items() if value is not None}
@@ -71,28 +65,25 @@ def predict(
     if context is not None:
         asked["context"] = read_context(context)
     if chat:
-        from launch.predict_chat import predict_chat_command
-
-        check_options("clm", asked, source=run_folder)
-        tokens = new_tokens if new_tokens is not None else 256
-        raise typer.Exit(predict_chat_command(Path(run_folder), given, file=file, as_json=as_json, new_tokens=tokens))
+        raise typer.Exit(chat_answers(run_folder, given, asked, file=file, as_json=as_json))
     found = task or task_of_run(run_folder)
     check_options(found, asked, source=run_folder)
     if found == "classification":
-        raise typer.Exit(
-            classes(
-                run_folder,
-                given,
-                file=file,
-                as_json=as_json,
-                batch_size=batch_size,
-                precision=precision or "no",
-                is_source=task is not None,
-            )
-        )
+        how = {"batch_size": batch_size, "precision": precision or "no", "is_source": task is not None}
+        raise typer.Exit(classes(run_folder, given, file=file, as_json=as_json, **cast(Any, how)))
     chosen = PredictOptions(batch_size=batch_size, **asked)
     raise typer.Exit(
         predict_tasks(run_folder, found, given, chosen, file=file, as_json=as_json, is_source=task is not None)
+    )
+
+
+def chat_answers(source: str, texts: list[str], asked: dict[str, Any], *, file: Path | None, as_json: bool) -> int:
+    """Answers of a run on conversations, each text a first question."""
+    from launch.predict_chat import predict_chat_command
+
+    check_options("clm", asked, source=source)
+    return predict_chat_command(
+        Path(source), texts, file=file, as_json=as_json, new_tokens=asked.get("new_tokens", 256)
     )
 
 

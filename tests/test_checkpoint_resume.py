@@ -26,6 +26,7 @@ MAY_CHANGE = {
     "RunConfig": {"name", "run_dir", "probe"},
     "ModelConfig": {"attention", "gradient_checkpointing", "trust_remote_code"},
     "QloraConfig": {"compute_dtype"},
+    "LiveData": {"max_epochs"},
     "StreamData": {"cache", "cache_gb", "max_epochs", "sources", "validation", "validation_rows"},  # what rows there are is in their digest
     "InstructData": {"generate", "new_tokens", "validation_rows"},
     "PairData": {"generate", "new_tokens", "num_beams", "validation_rows"},

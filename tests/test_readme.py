@@ -36,7 +36,7 @@ GROUPS = ("checkpoint", "data", "adapter", "template")
 
 
 def test_the_readme_holds_the_commands_that_are_tested_here() -> None:
-    assert len(COMMANDS) == 69
+    assert len(COMMANDS) == 70
     assert not [c for c in COMMANDS if shlex.split(c)[0] not in ("bash", "accelerate", "samestep", "sbatch")]
 
 
@@ -63,7 +63,15 @@ def test_launch_lines_resolve_their_settings(command: str) -> None:
     assert "optim.peak_lr" in result.stdout or "peak_lr:" in result.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("samestep run")])
+RUN_LINES = [command for command in COMMANDS if command.startswith("samestep run")]
+HEAVY = ("qlora", "summarize", "sft_smollm2", "pretrain_bart", "pretrain_xlnet")
+"""Their data or weights take long to read."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if any(name in c for name in HEAVY) else []) for c in RUN_LINES],
+)
 def test_run_lines_pass_every_check(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a run directory of their own: the one they name may hold a finished run, of the README's first command."""
     monkeypatch.chdir(ROOT)

@@ -108,14 +108,12 @@ def launch(config: RunConfig, tmp_path: Path, rank: int, port: int, fault: str) 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "phase", "stack"),
     [
         ("data", "reading the data of step 3", "rank 1 is at"),
-        pytest.param(
-            *("save.weights", "waiting for a checkpoint to be written", "rank 1 writes a checkpoint at"),
-            marks=pytest.mark.slow,
-        ),
+        ("save.weights", "waiting for a checkpoint to be written", "rank 1 writes a checkpoint at"),
     ],
 )
 def test_a_hung_rank_ends_the_job_and_is_named(point: str, phase: str, stack: str, root: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from trainer.model.methods import METHODS as METHODS_TABLE
 STEPS = 6
 METHODS = ("full", "head", "lora", "dora", "qlora", "prefix", "prompt", "ia3", "adapter", "bitfit")
 COVERING = {
-    ("qlora", "fsdp"), ("qlora", "zero3"), ("dora", "zero3"), ("dora", "fsdp"), ("prefix", "zero3"), ("prompt", "fsdp"),
-    ("ia3", "zero2"), ("adapter", "zero3"), ("bitfit", "zero1"), ("head", "zero1"), ("prefix", "ddp"), ("adapter", "fsdp"),
+    ("qlora", "fsdp"), ("qlora", "zero3"), ("dora", "zero3"), ("prefix", "zero3"), ("prompt", "fsdp"),
+    ("ia3", "zero2"), ("adapter", "zero3"), ("bitfit", "zero1"), ("head", "zero1"), ("prefix", "ddp"),
 }  # fmt: skip
 """In the default suite: every method, every backend."""
 SLOW = ("ddp", "fsdp")

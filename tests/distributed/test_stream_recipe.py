@@ -89,7 +89,7 @@ def uninterrupted(root: Path) -> tuple[Path, dict[int, Any]]:
     return root / "whole", seen
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("backend", ["fsdp", *[pytest.param(b, marks=pytest.mark.slow) for b in ("ddp", "zero2")]])
 def test_killed_on_two_ranks_and_resumed_on_one_and_then_three(
     backend: str, root: Path, tmp_path: Path, uninterrupted: tuple[Path, dict[int, Any]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         writer.finish()
     assert token < TOKENIZER.vocabulary
     return [root / str(source) for source in range(len(SOURCES))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_segments() -> Iterator[None]:
+    """So that a chain crosses many of their edges, and none places more samples than it reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.data.stream.reader.SEGMENT", 64)
+        yield
 
 
 def opened(folders: list[Path], rules: Rules, plans: Path | None, max_epochs: float = 10**6) -> Stream:
