@@ -290,7 +290,7 @@ def test_every_topology_goes_on_from_every_topology_in_every_precision(
         sources = tuple(source for source, of_ranks in TOPOLOGIES if of_ranks == number)
         arguments = (root / str(number), sources)
         found = run_ranks(resume_each, backend, ranks, args=arguments, precision=precision, timeout_s=300)[0]
-        assert len(found) == len(sources) * len(METHODS)
+        assert {(source, method) for source in sources for method in EVERYWHERE} <= found.keys()
         for (source, method), facts in found.items():
             assert facts["wrong"] == [], (source, number, method)
             tolerance = 1e-5 if precision == "no" else 2e-2
