@@ -170,8 +170,8 @@ def evaluate(
         unknown = sorted(set(labels) - set(one.label_names))
         if unknown:
             raise ConfigError(
-                f"RUN ({name}) answers with {', '.join(one.label_names)}, and the first run's data has the label {unknown[0]}: none of "
-                "its answers could be right; give adapters that were trained on these labels"
+                f"RUN ({name}) answers with {', '.join(one.label_names)}, and the first run's data has the label {unknown[0]}, "
+                "which it cannot say; give adapters that were trained on these labels"
             )
     for start in range(0, len(texts), EVALUATED_AT_ONCE):
         samples = list(zip(texts, labels, strict=True))[start : start + EVALUATED_AT_ONCE]

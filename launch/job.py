@@ -94,9 +94,10 @@ def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_stat
         return "cancelled", f"cancelled after step {step}, which is saved; submitting it again goes on from there"
     if outcome == "failed":
         return "failed", "training could not go on (see above); another start would end the same way"
-    if (
-        number > 0 and step == start.step and newest_written(run) <= start.began
-    ):  # else it began anew, or wrote a damaged one again
+    is_old = (
+        step == start.step and newest_written(run) <= start.began
+    )  # else it began anew, or wrote a damaged one again
+    if number > 0 and is_old:
         return "stuck", (
             f"no progress since the last restart: the newest checkpoint is still that of step {step}; start {number + 1} of job "
             f"{start.job} is the last. What went wrong stands above, and in {run / JOBS / start.log}"

@@ -9,7 +9,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -69,8 +69,8 @@ def predict(
     found = task or task_of_run(run_folder)
     check_options(found, asked, source=run_folder)
     if found == "classification":
-        how = {"batch_size": batch_size, "precision": precision or "no", "is_source": task is not None}
-        raise typer.Exit(classes(run_folder, given, file=file, as_json=as_json, **cast(Any, how)))
+        how: dict[str, Any] = {"batch_size": batch_size, "precision": precision or "no", "is_source": task is not None}
+        raise typer.Exit(classes(run_folder, given, file=file, as_json=as_json, **how))
     chosen = PredictOptions(batch_size=batch_size, **asked)
     raise typer.Exit(
         predict_tasks(run_folder, found, given, chosen, file=file, as_json=as_json, is_source=task is not None)

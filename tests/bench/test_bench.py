@@ -8,4 +8,5 @@ import pytest
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in Path(__file__).parent.glob("*.py")))
 def test_a_benchmark_can_be_imported(name: str) -> None:
-    importlib.import_module(f"tests.bench.{name}")
+    module = importlib.import_module(f"tests.bench.{name}")
+    assert callable(getattr(module, "main", None)) == name.startswith("bench_")

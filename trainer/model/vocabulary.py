@@ -46,12 +46,10 @@ def check_next_tokens(model: ModelConfig, tokenizer_file: Path) -> None:
     data = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file)).get_vocab()
     try:
         own = load_tokenizer(model).get_vocab()
-    except (
-        ConfigError
-    ):  # weights without a tokenizer: their number of tokens is all that can be compared (architecture.py)
+    except ConfigError:
         if model.added_tokens is not None:
             raise
-        return
+        return  # weights without a tokenizer: their number of tokens is all that can be compared (architecture.py)
     if not data.items() <= own.items() or (model.added_tokens is not None and len(data) < len(own)):
         raise other_tokenizer(model)
 

@@ -131,9 +131,9 @@ class Source:
             return found
         with self.lock:
             found = self.readers[shard] = self._open_shard(shard, epoch)
-            given_up = [number for number, reader in self.readers.items() if not reader.path.exists()]
-            for number in given_up if self.remote is not None else ():
-                del self.readers[number]  # an open file takes its room on the disk until it is closed
+            if self.remote is not None:  # what was given up takes its room on the disk until it is closed
+                for number in [number for number, reader in self.readers.items() if not reader.path.exists()]:
+                    del self.readers[number]
             if len(self.readers) > max(OPEN_SHARDS, 2 * self.settings.window):
                 self.readers.popitem(last=False)
             return found
