@@ -9,12 +9,13 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from launch.predict import TEXTS_AT_ONCE, Sources, check_options, predict_command, predict_with
 from launch.predict_adapters import predict_adapters_command, refuse_beside_adapters
+from launch.predict_chat import open_chat
 from trainer.errors import ConfigError, DataError
 from trainer.predict.answer import OPENERS, Answerer, PredictOptions
 from trainer.quiet import quiet_libraries
@@ -64,27 +65,16 @@ def predict(
         raise ConfigError("no run to predict with; give a run directory such as runs/lora_sst2, or --adapters A,B,C")
     if context is not None:
         asked["context"] = read_context(context)
-    if chat:
-        raise typer.Exit(chat_answers(run_folder, given, asked, file=file, as_json=as_json))
-    found = task or task_of_run(run_folder)
+    if chat and task is not None:
+        raise ConfigError("--chat asks a run on conversations, and --task says what a model source does; leave one out")
+    found = "clm" if chat else task or task_of_run(run_folder)
     check_options(found, asked, source=run_folder)
     if found == "classification":
         how: dict[str, Any] = {"batch_size": batch_size, "precision": precision or "no", "is_source": task is not None}
         raise typer.Exit(classes(run_folder, given, file=file, as_json=as_json, **how))
     chosen = PredictOptions(batch_size=batch_size, **asked)
-    raise typer.Exit(
-        predict_tasks(run_folder, found, given, chosen, file=file, as_json=as_json, is_source=task is not None)
-    )
-
-
-def chat_answers(source: str, texts: list[str], asked: dict[str, Any], *, file: Path | None, as_json: bool) -> int:
-    """Answers of a run on conversations, each text a first question."""
-    from launch.predict_chat import predict_chat_command
-
-    check_options("clm", asked, source=source)
-    return predict_chat_command(
-        Path(source), texts, file=file, as_json=as_json, new_tokens=asked.get("new_tokens", 256)
-    )
+    kind: Literal["run", "source", "chat"] = "source" if task is not None else "chat" if chat else "run"
+    raise typer.Exit(predict_tasks(run_folder, found, given, chosen, file=file, as_json=as_json, kind=kind))
 
 
 def task_of_run(run_folder: str) -> str:
@@ -138,18 +128,14 @@ def predict_tasks(
     *,
     file: Path | None,
     as_json: bool,
-    is_source: bool,
+    kind: Literal["run", "source", "chat"],
 ) -> int:
-    """Answers of any other task. Returns the exit code."""
+    """Answers of any other task, by a run, a model source, or a run that is asked in its chat template. Returns the exit code."""
     if task not in OPENERS:
         raise ConfigError(f"--task ({task}): predict answers for classification, {', '.join(OPENERS)}")
     sources = Sources(texts, file)
     quiet_libraries()
-    from trainer.predict.answer import open_answerer
-    from trainer.predict.source import open_run, open_source
-
-    model, tokenizer, info = open_source(source, task) if is_source else open_run(Path(source))
-    answerer = open_answerer(task, model, tokenizer, info, options)
+    answerer = open_chat(Path(source), options) if kind == "chat" else open_task(source, task, options, kind)
     try:
         count, elapsed_s = answer_all(answerer, sources, as_json=as_json)
     except BrokenPipeError:
@@ -160,6 +146,14 @@ def predict_tasks(
     noun = "text" if count == 1 else "texts"
     print(f"{count:,} {noun} in {elapsed_s:.2f} s, {count / max(elapsed_s, 1e-9):,.1f} a second", file=sys.stderr)
     return 0
+
+
+def open_task(source: str, task: str, options: PredictOptions, kind: str) -> Answerer:
+    """What answers a task, by a run or a model source."""
+    from trainer.predict.answer import open_answerer
+    from trainer.predict.source import open_run, open_source
+
+    return open_answerer(task, *(open_source(source, task) if kind == "source" else open_run(Path(source))), options)
 
 
 def answer_all(answerer: Answerer, sources: Sources, *, as_json: bool) -> tuple[int, float]:

@@ -103,13 +103,14 @@ def test_an_instruction_tuned_run_answers_in_its_template(
     facts = start(config, "single", 1)
     assert facts is not None
     assert facts[0]["error"] is None
-    code, output, _ = say(
+    code, output, errors = say(
         capsys, "predict", str(run), "--chat", "Question 1 of 2", "Another", "--new-tokens", "4", "--json"
     )
     assert code == 0
+    assert errors.startswith("2 texts in ")
     rows = [json.loads(line) for line in output.splitlines()]
     assert [row["text"] for row in rows] == ["Question 1 of 2", "Another"]
-    assert all(isinstance(row["answer"], str) and isinstance(row["stopped"], bool) for row in rows)
+    assert all(isinstance(row["generated"], str) and isinstance(row["stopped"], bool) for row in rows)
     code, _, errors = say(capsys, "checkpoint", "export", str(run), "--output", str(tmp_path / "exported"))
     assert code == 0, errors
     questions = ("Question 1 of 2", "Another", "--new-tokens", "4", "--json")
@@ -119,7 +120,17 @@ def test_an_instruction_tuned_run_answers_in_its_template(
         capsys, "predict", str(run), *questions
     )  # a run on conversations is asked in its template anyhow
     assert code == 0
-    assert [json.loads(line)["generated"] for line in plain.splitlines()] == [row["answer"] for row in rows]
+    assert [json.loads(line) for line in plain.splitlines()] == rows
+    sampled = ("--temperature", "5", "--seed", "1", "--batch-size", "1")
+    code, other, _ = say(capsys, "predict", str(run), "--chat", *questions, *sampled)
+    assert code == 0
+    assert other != output
+    code, _, errors = say(capsys, "predict", str(run), "--chat", "Hi", "--num-beams", "2", "--temperature", "1")
+    assert code == 2
+    assert "leave one of them out" in errors
+    code, _, errors = say(capsys, "predict", str(run), "--chat", "Hi", "--task", "clm")
+    assert code == 2
+    assert "--chat asks a run on conversations" in errors
 
 
 ALPACA = (
