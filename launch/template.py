@@ -67,7 +67,7 @@ def preview(
     found = build_instruct(data, tokenizer)
     samples = found.train.samples
     facts = ", ".join(f"{name} {value:,.0f}" for name, value in statistics(samples).items())
-    facts = f"{found.source_format} in template {found.format.name}: {facts}; {found.num_cut:,} cut, {found.num_left_out:,} left out"
+    facts = f"{found.source_format} in template {found.format.name}: {facts}; {len(found.cut):,} cut, {len(found.left_out):,} left out"
     findings = list(findings_of(found, data, tokenizer))
     if page is not None:
         words = [finding.words for finding in findings]

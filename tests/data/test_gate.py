@@ -1,5 +1,6 @@
 """The gate: each of its mistakes, planted in a good set, is caught and named."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trainer.data.batches import IGNORED
 from trainer.data.conversations import Conversation, Turn
 from trainer.data.gate import check, findings_of
 from trainer.data.instruct import InstructSet, InstructSplit, Sample, build_instruct, sample_of
+from trainer.data.jinja import with_system
 from trainer.data.rendering import Rendered, Structured
 from trainer.data.templates import TEMPLATES
 from trainer.errors import DataError
@@ -87,7 +89,9 @@ def test_padding_that_hides_the_end_is_found(tmp_path: Path) -> None:
     found = build_instruct(settings, tokenizer())
     assert names(found, settings) == []
     hiding = replace(found, train=HidingPadding(found.train.samples, found.train.rows))
-    assert names(hiding, settings) == ["padding"]
+    (finding,) = findings_of(hiding, settings, tokenizer())
+    assert finding.name == "padding"
+    assert re.search(r"such as that of .*chats\.jsonl:\d+; give", finding.words)
 
 
 def test_a_template_that_never_stops_or_learns_its_header_is_found(tmp_path: Path) -> None:
@@ -138,7 +142,9 @@ def test_what_is_lost_and_another_template_than_the_models_are_found(tmp_path: P
     path = chats(tmp_path, turns=3)
     short = data(path, max_length=120)
     plain = tokenizer()
-    assert [finding.name for finding in findings_of(build_instruct(short, plain), short, plain)] == ["truncated"]
+    (truncated,) = findings_of(build_instruct(short, plain), short, plain)
+    assert truncated.name == "truncated"
+    assert re.search(r"such as .*chats\.jsonl:\d+; raise it", truncated.words)
     plain.chat_template = Structured("zephyr", TEMPLATES["zephyr"], plain).jinja()
     settings = data(path, max_length=400)
     findings = list(findings_of(build_instruct(settings, plain), settings, plain))
@@ -146,6 +152,27 @@ def test_what_is_lost_and_another_template_than_the_models_are_found(tmp_path: P
     assert "use data.template=auto" in findings[0].words
     auto = data(path, max_length=400, template="auto")
     assert list(findings_of(build_instruct(auto, plain), auto, plain)) == []
+
+
+def test_a_template_is_compared_with_the_models_on_the_roles_that_the_set_has(tmp_path: Path) -> None:
+    """With data.system, which is saved in the model's template, and where only system or tool turns are written otherwise."""
+    plain = tokenizer()
+    own = Structured("chatml", TEMPLATES["chatml"], plain).jinja()
+    settings = data(chats(tmp_path), template="chatml", max_length=400, system="Be kind.")
+    plain.chat_template = with_system(own, "Be kind.")  # trained with it before
+    assert [finding.name for finding in findings_of(build_instruct(settings, plain), settings, plain)] == []
+    plain.chat_template = with_system(own, "Be rude.")
+    assert [finding.name for finding in findings_of(build_instruct(settings, plain), settings, plain)] == []  # replaced
+    for turn in ({"role": "system", "content": "Be brief."}, {"role": "tool", "content": "4"}):
+        turns = [turn, *PAIR] if turn["role"] == "system" else [*PAIR, turn, PAIR[1]]
+        mixed = data(write(tmp_path / "mixed.jsonl", [{"messages": turns}] * 5), template="chatml", max_length=400)
+        plain.chat_template = own
+        assert list(findings_of(build_instruct(mixed, plain), mixed, plain)) == []
+        plain.chat_template = own.replace(f"'{turn['role']}' %}}", f"'{turn['role']}' %}}DIFFERENT")
+        assert plain.chat_template != own
+        (finding,) = findings_of(build_instruct(mixed, plain), mixed, plain)
+        assert finding.name == "template"
+        assert turn["content"] in finding.words
 
 
 def test_the_share_that_is_lost_is_of_all_conversations_not_of_the_held_out_rows_that_are_used(tmp_path: Path) -> None:
@@ -157,5 +184,5 @@ def test_the_share_that_is_lost_is_of_all_conversations_not_of_the_held_out_rows
     path = write(tmp_path / "chats.jsonl", rows)
     settings = data(path, max_length=100, validation_fraction=0.5, validation_rows=1)
     found = build_instruct(settings, tokenizer())
-    assert found.num_left_out == 18
+    assert len(found.left_out) == 18
     assert names(found, settings) == []

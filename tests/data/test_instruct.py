@@ -62,10 +62,10 @@ def test_what_is_learned_is_as_asked(tmp_path: Path) -> None:
 def test_long_conversations_are_cut_behind_an_answer_and_counted(tmp_path: Path) -> None:
     path = chats(tmp_path, turns=3)
     whole = build_instruct(data(path, max_length=400), tokenizer())
-    assert (whole.num_cut, whole.num_left_out) == (0, 0)
+    assert (len(whole.cut), len(whole.left_out)) == (0, 0)
     shortest = min(len(sample.ids) for sample in whole.train.samples)
     cut = build_instruct(data(path, max_length=shortest - 1, allow=("truncated",)), tokenizer())
-    assert (cut.num_cut, cut.num_left_out) == (10, 0)
+    assert (len(cut.cut), len(cut.left_out)) == (10, 0)
     for sample in cut.train.samples:
         assert len(targets(sample)) == 2
         assert tokenizer().decode(sample.ids).endswith("<|im_end|>")

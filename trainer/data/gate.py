@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import InstructData
 from trainer.data.batches import IGNORED
 from trainer.data.conversations import Turn
-from trainer.data.instruct import InstructSet, InstructSplit, Sample
+from trainer.data.instruct import InstructSet, Sample
 from trainer.data.rendering import Own, special_texts
 from trainer.errors import DataError
 
@@ -86,36 +86,51 @@ def findings_of(found: InstructSet, data: InstructData, tokenizer: PreTrainedTok
 
 def set_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Mistakes of the set as a whole: the mask of a batch, what was lost, another template than the model's."""
-    for split in (found.train, found.validation):
-        wanted, masked = targets_in_batches(split, tokenizer)
-        if wanted != masked:
-            yield Finding(
-                "padding", f"batches hold {masked:,} targets and the samples {wanted:,}: padding hides or adds some"
-            )
+    wrong = list(rows_with_other_targets(found, tokenizer))
+    if wrong:
+        yield Finding(
+            "padding",
+            f"{len(wrong):,} rows of batches have other targets than their samples, which padding hides or adds; such as that of "
+            f"{wrong[0]}; give the tokenizer a padding token of its own",
+        )
     total = len(found.conversations) - data.few_shot
-    lost = found.num_cut + found.num_left_out
-    if lost > MOST_LOST * total:
+    lost = (*found.left_out, *found.cut)
+    if len(lost) > MOST_LOST * total:
         yield Finding(
             "truncated",
-            f"{lost:,} of {total:,} conversations are longer than data.max_length ({data.max_length}) and lose turns, "
-            f"{found.num_left_out:,} of them all; raise it",
+            f"{len(lost):,} of {total:,} conversations are longer than data.max_length ({data.max_length}) and lose turns, "
+            f"{len(found.left_out):,} of them all; such as {lost[0]}; raise it",
         )
     if tokenizer.chat_template is not None and not isinstance(found.format, Own):
         yield from template_findings(found, data, tokenizer)
 
 
 def template_findings(found: InstructSet, data: InstructData, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    """Whether the template that was chosen writes what the model's own does."""
-    probe = [Turn("user", "Hello."), Turn("assistant", "Hi."), Turn("user", "Bye."), Turn("assistant", "Bye.")]
-    chosen = found.format.render(probe).text
-    own: str | None = None
-    try:
-        own = Own(tokenizer).apply(probe)
-        words = f"and the template that the model was trained with and comes with writes {own[:SHOWN]!r}; use data.template=auto"
-    except DataError as error:
-        words = f"and of the one that the model comes with: {error}"
-    if own != chosen:
-        yield Finding("template", f"data.template ({data.template}) writes {chosen[:SHOWN]!r}, {words}")
+    """Whether the template that was chosen writes what the model's own does; the first conversation that differs."""
+    for probe in probes(found, data):
+        chosen = found.format.render(probe).text
+        own: str | None = None
+        try:
+            own = Own(tokenizer).apply(probe)
+            words = f"and the template that the model was trained with and comes with writes {own[:SHOWN]!r}; use data.template=auto"
+        except DataError as error:
+            words = f"and of the one that the model comes with: {error}"
+        if own != chosen:
+            yield Finding("template", f"data.template ({data.template}) writes {chosen[:SHOWN]!r}, {words}")
+            return
+
+
+def probes(found: InstructSet, data: InstructData) -> Iterator[list[Turn]]:
+    """Short conversations with the roles that the set has: without system text where there may be none, with one, with a tool."""
+    roles = {turn.role for conversation in found.conversations for turn in conversation.turns}
+    talk = [Turn("user", "Hello."), Turn("assistant", "Hi."), Turn("user", "Bye."), Turn("assistant", "Bye.")]
+    if data.system is None:
+        yield talk
+    if data.system is not None or "system" in roles:
+        yield [Turn("system", data.system or "Be brief."), *talk]
+    if "tool" in roles:
+        system = [] if data.system is None else [Turn("system", data.system)]
+        yield [*system, *talk[:2], Turn("tool", "4"), Turn("assistant", "Four.")]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, found: InstructSet) -> set[int]:
@@ -148,13 +163,17 @@ def places_with_special_tokens(found: InstructSet, tokenizer: PreTrainedTokenize
             yield conversation.place
 
 
-def targets_in_batches(split: InstructSplit, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """(targets of the samples, targets in batches of 64 rows)."""
-    wanted = sum(int(split.samples[index].is_target[1:].sum()) for row in split.rows for index in row)
+def rows_with_other_targets(found: InstructSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Places of rows, in batches of 64, that hold other numbers of targets than their samples."""
     padding = int(tokenizer.pad_token_id or 0)
-    starts = range(0, len(split), 64)
-    batches = (split.batch(np.arange(start, min(start + 64, len(split))), padding) for start in starts)
-    return wanted, sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    for split in (found.train, found.validation):
+        for start in range(0, len(split), 64):
+            places = np.arange(start, min(start + 64, len(split)))
+            masked = (split.batch(places, padding)["labels"] != IGNORED).sum(dim=1).tolist()
+            for place, count in zip(places, masked, strict=True):
+                samples = [split.samples[index] for index in split.rows[place]]
+                if count != sum(int(sample.is_target[1:].sum()) for sample in samples):
+                    yield samples[0].place
 
 
 def example(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:

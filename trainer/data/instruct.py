@@ -111,10 +111,10 @@ class InstructSet:
     before: tuple[Turn, ...]
     """What stands before every conversation that has no system text of its own: data.system, and the examples of data.few_shot."""
     source_format: str
-    num_left_out: int
-    """Conversations whose first answer ends behind max_length tokens."""
-    num_cut: int
-    """Conversations that lost later turns."""
+    left_out: tuple[str, ...]
+    """Places of conversations whose first answer ends behind max_length tokens."""
+    cut: tuple[str, ...]
+    """Places of those that lost later turns."""
 
 
 def build_instruct(data: InstructData, tokenizer: PreTrainedTokenizerBase) -> InstructSet:
@@ -140,8 +140,8 @@ def build_instruct(data: InstructData, tokenizer: PreTrainedTokenizerBase) -> In
         format=found,
         before=(*([Turn("system", data.system)] if data.system is not None else []), *turns_of_shots(shots)),
         source_format=source_format,
-        num_left_out=len(rest) - len(samples),
-        num_cut=sum(sample.is_cut for sample in samples),
+        left_out=tuple(one.place for one, sample in zip(rest, encoded, strict=True) if sample is None),
+        cut=tuple(sample.place for sample in samples if sample.is_cut),
     )
 
 

@@ -18,6 +18,8 @@ from trainer.errors import DataError
 
 MOST_LISTED = 20
 """Columns named in a message; a wide table has hundreds."""
+SHOWN = 100
+"""Characters of a line that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], kind: str) -> Table:
             continue
         record = _parse_object(text)
         if isinstance(record, str):
-            malformed.append(Malformed(line, record))
+            malformed.append(Malformed(line, f"{record} (it holds {text[:SHOWN]!r})"))
             continue
         seen.update(dict.fromkeys(record))
         lines.append(line)

@@ -145,9 +145,9 @@ def describe(data: InstructData, found: InstructSet, allowed: Sequence[str]) -> 
         f"{data.source}: {len(train.samples):,} conversations ({found.source_format}) for training, {len(held_out):,} for validation",
         f"template {found.format.name}; {facts['tokens']:,.0f} tokens, {facts['targets'] / facts['tokens']:.0%} of them targets",
     ]
-    if found.num_cut or found.num_left_out:
+    if found.cut or found.left_out:
         lines.append(
-            f"longer than data.max_length ({data.max_length}): {found.num_cut:,} cut behind an answer, {found.num_left_out:,} left out"
+            f"longer than data.max_length ({data.max_length}): {len(found.cut):,} cut behind an answer, {len(found.left_out):,} left out"
         )
     if train.is_packed:
         padding = 1 - train.lengths.sum() / (len(train) * data.max_length)
