@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.json_values import JSON
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import FileEntry, Manifest, checksum, manifest_text, read_manifest, write_synced
 from trainer.errors import CheckpointError
@@ -133,13 +134,6 @@ def test_no_sequence_of_saves_kills_and_prunings_loses_the_newest_whole_one(
     kept = set(steps(root))
     assert len(kept - protected - {best}) <= keep_last
     shutil.rmtree(root)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=20,
-)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,19 +1,25 @@
 """build_model: the same fp32 weights on every rank, settings that take effect or are refused, mistakes as one sentence."""
 
+import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2Model, LlamaConfig
 
+from tests.json_values import JSON
 from tests.tiny import tiny_bert
 from trainer.config import FullConfig, HeadConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from trainer.errors import ConfigError, DataError
 from trainer.model.dropout import FAST_ATTENTION, FastDropout
+from trainer.model.identity import files_of_index
 from trainer.model.load import build_model, check_no_batch_statistics, load_architecture, load_tokenizer, model_location
 
 LABELS = ("negative", "positive")
@@ -232,3 +238,30 @@ def test_a_model_whose_step_depends_on_the_micro_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.source \(x\): 1 \(BatchNorm1d\) normalizes over the micro-batch"):
         check_no_batch_statistics("x", model)
     check_no_batch_statistics("x", nn.LayerNorm(2))
+
+
+# An index of several files
+
+
+@settings(max_examples=200, deadline=None)
+@given(whole=JSON, places=st.dictionaries(st.text(), JSON), is_whole=st.booleans())
+def test_any_json_is_an_index_of_files_beside_it_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, whole: object, places: dict[str, object], is_whole: bool
+) -> None:
+    index = tmp_path_factory.getbasetemp() / "index.json"
+    index.write_text(json.dumps(whole if is_whole else {"weight_map": places}))
+    with suppress(ConfigError):
+        assert all(file.parent == index.parent and file.is_file() for file in files_of_index(index))
+
+
+@pytest.mark.parametrize("name", ["../bert/model.safetensors", "/etc/passwd", "lost.safetensors", ""])
+def test_an_index_that_names_a_file_elsewhere_is_refused_before_it_is_read(
+    name: str, bert: Path, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    model = shutil.copytree(bert, tmp_path / "model")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": name}}))
+    build_model(run(model), LABELS, accelerator)  # not read beside whole weights
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"index\.json names .*, which is no file beside it"):
+        build_model(run(model), LABELS, accelerator)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from trainer.errors import ConfigError
 
@@ -79,12 +79,37 @@ def weight_files(location: str) -> list[Path]:
     if (whole := find(SAFE_WEIGHTS_NAME)) is not None:
         return [whole]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [index.parent / name for name in sorted(set(names))]
+        return files_of_index(index)
     raise ConfigError(
         f"model.source ({location}) has no safetensors files, by which a base that is quantized is recognised; save it with "
         "transformers' save_pretrained first"
     )
+
+
+def check_index(location: str) -> None:
+    """ConfigError where a local folder's index, if it is read, names files elsewhere: transformers opens whatever it names."""
+    for name in (
+        SAFE_WEIGHTS_NAME,
+        SAFE_WEIGHTS_INDEX_NAME,
+        WEIGHTS_NAME,
+        WEIGHTS_INDEX_NAME,
+    ):  # the first that is there
+        if (file := Path(location) / name).is_file():
+            if name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+                files_of_index(file)
+            return
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files that hold a model's weights, all beside their index. ConfigError where it is broken or names anything else."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} is no index of weights ({error!r:.100}); fetch or save the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or not (index.parent / name).is_file():
+            raise ConfigError(f"{index} names {name!r:.100}, which is no file beside it; fetch or save the model again")
+    return [index.parent / name for name in names]
 
 
 def sample_of(tensor: Tensor) -> bytes:

@@ -30,7 +30,7 @@ from trainer.model.architecture import (
 )
 from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
 from trainer.model.heads import encoder_prefix, head_modules
-from trainer.model.identity import note_files
+from trainer.model.identity import check_index, note_files
 from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
 from trainer.model.mixup import blend_embeddings
@@ -115,6 +115,7 @@ def load_weights(
     try:
         if model.init == "random":
             return loader.from_config(architecture, **options), ()
+        check_index(model_location(model.source))
         loaded, report = loader.from_pretrained(
             model_location(model.source),
             config=architecture,

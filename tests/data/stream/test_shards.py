@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.json_values import JSON
 from trainer.data.stream.shards import (
     BLOCK,
     LARGEST_TOKENS,
@@ -20,6 +22,7 @@ from trainer.data.stream.shards import (
     DatasetWriter,
     ShardReader,
     Tokenizer,
+    parse_manifest,
     read_manifest,
     verify_dataset,
     write_file,
@@ -169,3 +172,16 @@ def test_files_are_replaced_under_names_that_no_other_container_takes(tmp_path: 
     (tmp_path / f".a.{os.getpid()}").mkdir()  # another's, of the same process number
     write_file(tmp_path / "a", b"content")
     assert (tmp_path / "a").read_bytes() == b"content"
+
+
+FIELDS = DatasetManifest(format="samestep-tokens-1", dtype="uint16", tokenizer=TOKENIZER, shards=[])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    whole=JSON, name=st.sampled_from([*DatasetManifest.model_fields, "dataset_id"]), value=JSON, is_whole=st.booleans()
+)
+def test_any_json_is_a_manifest_or_a_data_error(whole: object, name: str, value: object, is_whole: bool) -> None:
+    content = whole if is_whole else FIELDS.model_dump(mode="json") | {name: value}
+    with suppress(DataError):
+        assert isinstance(parse_manifest(json.dumps(content).encode(), "here"), DatasetManifest)

@@ -215,7 +215,7 @@ def parse_manifest(content: bytes, place: str) -> DatasetManifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise DataError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{place} cannot be read: {error}") from None
     if stated != manifest.dataset_id:
         raise DataError(f"{place} was edited: its dataset_id does not match its content")
