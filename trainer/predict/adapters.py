@@ -1,7 +1,8 @@
 """Prediction with several adapters on one base: the base is loaded once, and every request names its adapter.
 
 Place in the flow: beside classify.py and generate.py, for `samestep predict --adapters`. Invariant: a request's answer is that of its
-adapter alone. LoRA adapters with equally many labels share batches (PEFT's `adapter_names`); others take turns.
+adapter alone. LoRA classifiers with equally many labels, and LoRA writers that end texts alike, share batches (PEFT's `adapter_names`);
+others take turns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,9 @@ from trainer.model.adapters import find_adapter
 from trainer.model.bottleneck import SETTINGS_FILE
 from trainer.model.export import exported_tokenizer, load_base, opening, put_adapter
 from trainer.model.methods import METHODS
-from trainer.predict.answer import Answer, Answerer, PredictOptions, open_answerer
+from trainer.predict.answer import Answer, PredictOptions
 from trainer.predict.classify import Predictor, Text, check_texts, predictor_of
+from trainer.predict.generate import Generator, open_answerer
 from trainer.predict.kinds import AnyPrediction
 
 TASKS = ("classification", "clm")
@@ -102,18 +104,35 @@ class AdapterPredictor(SharedBase):
 
 
 class AdapterGenerator(SharedBase):
-    """Texts that go on after a prompt, or answer it; adapters take turns."""
+    """Texts that go on after a prompt, or answer it."""
 
     def __init__(self, runs: Mapping[str, Path], options: PredictOptions) -> None:
         super().__init__(runs)
-        self.answerers: dict[str, Answerer] = {
-            name: open_answerer("clm", self.model, self.tokenizers[name], info, options)
-            for name, info in self.infos.items()
+        self.answerers: dict[str, Generator] = {
+            name: open_answerer(self.model, self.tokenizers[name], info, options) for name, info in self.infos.items()
         }
+        hows = [answerer.how for answerer in self.answerers.values()]
+        mixes = all(METHODS[info["method"]].mixes for info in self.infos.values())
+        self.mixes = mixes and all(how == hows[0] for how in hows) and has_linear_heads(self.model)
+        """Whether requests for different adapters share batches."""
 
     def answer(self, requests: Sequence[tuple[str, str]]) -> list[Answer]:
         """Answers in the order of the requests, each (text, name of its adapter)."""
+        if self.mixes:
+            return self._answer_mixed(requests)
         return self.answer_in_turns(requests, lambda name, texts: self.answerers[name].answer(texts))
+
+    def _answer_mixed(self, requests: Sequence[tuple[str, str]]) -> list[Answer]:
+        """Batches of similar length, whatever their adapters."""
+        check_texts([text for text, _ in requests])
+        asked = [self.answerers[name].prompts([text]) for text, name in requests]
+        numbers = [self.answerers[name].numbers(1)[0] for _, name in requests]
+        names = [self.inner[name] for _, name in requests]
+        written = next(iter(self.answerers.values())).write([prompt for (prompt,), _ in asked], numbers, names)
+        return [
+            self.answerers[name].told(text, made, is_cut=is_cut)
+            for (text, name), made, (_, (is_cut,)) in zip(requests, written, asked, strict=True)
+        ]
 
 
 def has_linear_heads(model: torch.nn.Module) -> bool:

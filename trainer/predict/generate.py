@@ -42,16 +42,22 @@ class Decoding:
 
 
 def generate(
-    model: nn.Module, prompts: Sequence[Tensor], how: Decoding, *, numbers: Sequence[int] | None = None
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    how: Decoding,
+    *,
+    numbers: Sequence[int] | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[Written]:
     """What the model writes to each prompt (N,) int64. Local to the rank.
 
     A model with an encoder reads the prompt there, padded on the right; any other goes on after it, padded on the left. numbers: of the
-    prompts, by which sampling draws; None counts them from 0.
+    prompts, by which sampling draws; None counts them from 0. adapter_names: PEFT's, one for each prompt; None is the active one.
     """
     device = next(model.parameters()).device
     has_encoder = bool(getattr(cast(Any, model).config, "is_encoder_decoder", False))
     ids, mask = pad_prompts(prompts, how.padding, on_the_right=has_encoder)
+    named = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
     draws = [] if how.temperature is None else [Draws(how, range(len(prompts)) if numbers is None else numbers)]
     with torch.no_grad():
         made = cast(Any, model).generate(
@@ -65,6 +71,7 @@ def generate(
             eos_token_id=list(how.stop) or None,
             forced_eos_token_id=None,  # BART's would end what is only cut off
             pad_token_id=how.padding,
+            **named,
         )
     start = 1 if has_encoder else ids.shape[1]  # behind the decoder's start token, or the prompt
     stop = torch.tensor(list(how.stop), dtype=torch.int64)
@@ -150,15 +157,27 @@ class Generator:
         """What is written to each text, in their order. DataError for a text that is empty, or too long for a model without encoder."""
         check_texts(texts)
         prompts, is_cut = self.prompts(texts)
+        written = self.write(prompts, self.numbers(len(texts)))
+        return [self.told(text, made, is_cut=cut) for text, made, cut in zip(texts, written, is_cut, strict=True)]
+
+    def numbers(self, count: int) -> range:
+        """Of the next texts, by which sampling draws."""
+        self.num_answered += count
+        return range(self.num_answered - count, self.num_answered)
+
+    def write(
+        self, prompts: Sequence[Tensor], numbers: Sequence[int], adapter_names: Sequence[str] | None = None
+    ) -> list[Written]:
+        """What the model writes to each prompt (N,), in batches of similar length; arguments as `generate` takes them."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         written: dict[int, Written] = {}
         for start in range(0, len(order), self.options.batch_size):
             batch = order[start : start + self.options.batch_size]
-            numbers = [self.num_answered + index for index in batch]
-            found = generate(self.model, [prompts[index] for index in batch], self.how, numbers=numbers)
+            names = None if adapter_names is None else [adapter_names[index] for index in batch]
+            drawn, chosen = [numbers[index] for index in batch], [prompts[index] for index in batch]
+            found = generate(self.model, chosen, self.how, numbers=drawn, adapter_names=names)
             written |= dict(zip(batch, found, strict=True))
-        self.num_answered += len(texts)
-        return [self.told(text, written[index], is_cut=is_cut[index]) for index, text in enumerate(texts)]
+        return [written[index] for index in range(len(prompts))]
 
     def prompts(self, texts: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
         """The tokens of each text as the model was trained to read them, and whether its end was cut off."""
