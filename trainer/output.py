@@ -274,6 +274,7 @@ class RunOutput:
             "time": f"{elapsed_s:.0f} s",
             "training speed": f"{float(np.median(self.speeds)) if self.speeds else 0.0:,.1f} {unit}/s (median)",
             "skipped steps": progress.num_skipped,
+            "a resume is": self.engine.exactness(deterministic=self.config.train.deterministic),
             "model": str(self.model_folder),
             "use it": self.task.usage(self.folder),
         }

@@ -21,6 +21,10 @@ from trainer.errors import SamestepError
 EXIT_CODE = 4
 GRACE_S = 3.0
 """For the other ranks' files to appear."""
+BACKGROUND = {"checkpoint": "writes a checkpoint", "prefetch": "reads data"}
+"""How the names of threads begin whose stacks are shown too, and what they do."""
+IDLE = "_worker"
+"""The function in which a thread of concurrent.futures waits for work."""
 
 
 class Watchdog:
@@ -115,13 +119,24 @@ class Watchdog:
             for rank in (guilty if not silent else [])
         ]
         if self.rank in guilty:
-            writers = [thread.ident for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
-            for name, thread in (("is", self.main_thread), *(("writes a checkpoint", writer) for writer in writers)):
-                frame = sys._current_frames().get(thread or 0)
-                stack = "".join(traceback.format_stack(frame)[-12:]) if frame is not None else ""
-                lines.append(f"rank {self.rank} {name} at (most recent call last):\n{stack.rstrip()}")
+            frames = sys._current_frames()
+            for does, thread in (("is", self.main_thread), *background_threads()):
+                frame = frames.get(thread or 0)
+                if frame is not None and frame.f_code.co_name != IDLE:
+                    stack = "".join(traceback.format_stack(frame)[-12:])
+                    lines.append(f"rank {self.rank} {does} at (most recent call last):\n{stack.rstrip()}")
         lines.append("the job ends now; the same command goes on from the newest checkpoint")
         return "\n".join(lines)
+
+
+def background_threads() -> list[tuple[str, int | None]]:
+    """What the threads beside the main one do, and their numbers."""
+    return [
+        (does, thread.ident)
+        for thread in threading.enumerate()
+        for prefix, does in BACKGROUND.items()
+        if thread.name.startswith(prefix)
+    ]
 
 
 def no_sign_of(ranks: list[int]) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from tests.distributed.resume_runs import make_config, metrics_of, start, train
 from tests.rank_pool import free_port, rank_env, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.backend import Heartbeat
+from trainer.checkpoint.saver import Save, Saver
 from trainer.checkpoint.store import describe_damage, list_checkpoints
 from trainer.config import RunConfig
 from trainer.watchdog import Watchdog, guilty_ranks
@@ -63,21 +65,30 @@ def test_a_save_that_failed_is_known_with_the_sums_of_a_step_and_not_with_the_ne
 
 
 def limited(config: RunConfig, num_bytes: int) -> dict[str, Any]:
-    """Rank 1 may write files of so many bytes, as with a quota."""
-    import resource
-    import signal
+    """From its second save on rank 1 may write files of so many bytes, as with a quota."""
+    run, saves = Saver._run, list[int]()
 
-    if os.environ["RANK"] == "1":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    def and_limit(self: Saver, save: Save) -> str | None:
+        if saves and os.environ["RANK"] == "1":
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (num_bytes, num_bytes)
+            )  # write() fails with EFBIG: Python ignores SIGXFSZ
+        saves.append(save.header.step)
+        return run(self, save)
+
+    Saver._run = and_limit  # type: ignore[method-assign]
     return train(config)
 
 
-def test_a_real_limit_on_one_ranks_files_ends_all_ranks_without_a_hang(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_real_limit_on_one_ranks_files_ends_all_ranks_and_the_older_checkpoint_is_whole(
+    backend: str, root: Path, tmp_path: Path
+) -> None:
     config = make_config(root, tmp_path / "run")
-    for facts in run_ranks(limited, "ddp", 2, args=(config, 20_000)):
-        assert re.search(r"step 2 was not saved: rank 1 could not write it: OSError.*File too large", facts["error"])
-    assert list_checkpoints(config.folder / "checkpoints") == []
+    for facts in run_ranks(limited, backend, 2, args=(config, 5_000)):
+        assert re.search(r"step 4 was not saved: rank 1 could not write it: OSError.*File too large", facts["error"])
+    (only,) = list_checkpoints(config.folder / "checkpoints")
+    assert (only.name, describe_damage(only)) == ("step-00000002", None)
 
 
 # Ranks that hang or die, time that is up
@@ -114,6 +125,7 @@ def launch(config: RunConfig, tmp_path: Path, rank: int, port: int, fault: str) 
     [
         ("data", "reading the data of step 3", "rank 1 is at"),
         ("save.weights", "waiting for a checkpoint to be written", "rank 1 writes a checkpoint at"),
+        ("read", "reading the data of step 3", "rank 1 reads data at"),
     ],
 )
 def test_a_hung_rank_ends_the_job_and_is_named(point: str, phase: str, stack: str, root: Path, tmp_path: Path) -> None:
@@ -156,7 +168,9 @@ def test_a_killed_rank_ends_the_others_and_is_named(root: Path, tmp_path: Path) 
     config = make_config(root, tmp_path / "run", hang_timeout_s=4)
     port = free_port()
     ranks = [launch(config, tmp_path, rank, port, "step@1:3") for rank in (0, 1)]
+    began = time.monotonic()
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert time.monotonic() - began < 60  # of which starting takes most
     assert ranks[1].returncode == -9
     assert ranks[0].returncode not in (0, None), outputs[0]
     assert "watchdog: no sign of rank(s) 1: dead, or on a machine that is gone, or waiting for this one" in outputs[0]
@@ -169,7 +183,8 @@ def test_a_reader_thread_that_dies_on_one_rank_ends_the_job_and_the_rank_is_name
     ranks = [launch(config, tmp_path, rank, port, "read@1:3:enospc") for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert "no space left on device" in outputs[1]
-    assert "rank 1" in outputs[0], outputs[0]
+    assert re.search(r"watchdog: (no sign of rank.s. 1|rank 1 .* in: reading the data of step 3)", outputs[0])
+    assert all(process.returncode not in (0, None) for process in ranks), outputs
     assert not (config.folder / "summary.md").exists()
 
 

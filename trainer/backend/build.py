@@ -47,6 +47,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise BackendError("\n".join(problems))
     if use_cpu:
         _prepare_cpu_process_group(request)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Precision is ours (Engine.forward): left to their defaults the backends mean three different things by bf16.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -56,6 +56,17 @@ class Engine:
         precision = "fp32" if self.precision == "no" else f"{self.precision} over fp32 weights"
         return f"{self.backend}, {processes}, {precision}, {self.device.type}"
 
+    def exactness(self, *, deterministic: bool) -> str:
+        """How near a resumed run is to one that never ended, on the same backend and number of processes, in words."""
+        if self.device.type == "cpu":
+            return "bit for bit on this machine"
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return (
+            f"bit for bit on {kind}, as far as torch is deterministic"
+            if deterministic
+            else "exact but for rounding: train.deterministic is off"
+        )
+
     # One step
 
     def set_learning_rate(self, lr: float) -> None:
