@@ -47,6 +47,8 @@ def show(
     Example: samestep data show recipes/pretrain_clm.py 4000 --objective mlm --plot sample.png
     """
     if augment:
+        if objective is not None or plot is not None:
+            raise ConfigError("--augment shows sentences, without --objective and --plot; leave them out")
         from launch.data_augment import show_augmented
 
         show_augmented(read_recipe(recipe, config, settings), sample)
@@ -61,7 +63,7 @@ def show(
     print(f"sample {sample:,} of {found.name}: in step {sample // size + 1:,}, place {sample % size} of {size}")
     for line in describe_sample(streams, sample):
         print(line)
-    if plot is not None or getattr(found.data, "objective", "clm") != "clm":
+    if plot is not None or objective is not None or getattr(found.data, "objective", "clm") != "clm":
         from launch.data_objective import show_marked
 
         show_marked(found, streams, sample, plot)

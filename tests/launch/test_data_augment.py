@@ -57,6 +57,8 @@ def test_what_cannot_be_shown_is_refused(
 ) -> None:
     show(recipe, sample, "--augment", *(settings if recipe == RECIPE else ()), code=2)
     assert message in capsys.readouterr().err
+    show(recipe, sample, "--augment", "--objective", "mlm", code=2)
+    assert "--augment shows sentences, without --objective and --plot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

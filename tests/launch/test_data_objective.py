@@ -38,8 +38,10 @@ def show(settings: list[str], *words: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
+        ("clm", "each token is to be found from those before it"),
         ("mlm", "[<mask>="),
         ("mlm_nsp", "of the two texts: "),
+        ("mlm_sop", "of the two texts: "),
         ("span_corruption", "--- to be found"),
         ("infilling", "<mask>"),
         ("plm", "[0:"),
