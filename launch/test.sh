@@ -4,7 +4,7 @@
 #   bash launch/test.sh                      # everything but tests marked slow or all: under 20 minutes on 2 cores
 #   bash launch/test.sh --slow               # only tests marked slow
 #   bash launch/test.sh --all                # tests marked all, which CI has no time for, and alone: the README's support matrix anew
-#   bash launch/test.sh tests/data -k sst    # further arguments go to pytest
+#   bash launch/test.sh tests/data -k sst    # further arguments go to pytest; -n 0 for one process, as a debugger needs
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,9 +34,10 @@ install_missing_packages() {
 }
 
 selection="not slow and not all"
+workers=(--numprocesses=2 --dist=loadfile) # most of a test's time it waits for ranks to start; the slow ones measure time, and run alone
 case ${1-} in
-  --slow) selection="slow and not all" && shift ;;
-  --all) selection="all" && shift ;;
+  --slow) selection="slow and not all" workers=() && shift ;;
+  --all) selection="all" workers=() && shift ;;
 esac
 
 install_missing_packages
@@ -45,7 +46,7 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff format --check .
 ruff check --quiet .
 mypy
-if [[ $selection != all || $# != 0 ]]; then exec python -m pytest -m "$selection" "$@"; fi
+if [[ $selection != all || $# != 0 ]]; then exec python -m pytest "${workers[@]}" -m "$selection" "$@"; fi
 python -m pytest -m all --ignore=tests/distributed/test_methods.py
 rm -f tests/distributed/support.json # so that a cell that fails now does not stay "tested"
 SAMESTEP_RECORD=1 python -m pytest -m "" tests/distributed/test_methods.py
