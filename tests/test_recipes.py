@@ -179,6 +179,15 @@ def test_predict_reads_the_run(
     assert re.fullmatch(r"1 text in .* a second\n", done.stderr)
 
 
+def test_the_same_line_again_says_that_the_run_is_finished_and_ends_with_code_0(
+    launched: tuple[Path, subprocess.CompletedProcess[str]], fresh_machine: tuple[Path, dict[str, str]]
+) -> None:
+    done = in_machine(fresh_machine, "accelerate", "launch", "recipes/lora_sst2.py")
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
+    assert "train.extend=true" in done.stdout
+
+
 # Shape
 
 

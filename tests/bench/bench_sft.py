@@ -1,6 +1,6 @@
 """Instruction tuning against TRL's SFTTrainer: learned tokens per second, isolation of packed conversations, collation.
 
-    python tests/bench/bench_sft.py                  # some minutes on 2 cores; `bash launch/setup.sh --bench` installs trl
+    python tests/bench/bench_sft.py                  # 12 minutes on 2 cores; `bash launch/setup.sh --bench` installs trl
     python tests/bench/bench_sft.py --layers 30      # SmolLM2 in full: hours
 
 Same pairs (Python functions and their docstrings, at most 1,024 tokens), same tokens (SmolLM2's tokenizer and chat template), same
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
     asset_path("smollm2")

@@ -5,18 +5,20 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.data.test_instruct import chats, data, targets
-from tests.data.test_templates import BOS, EOS, SPECIAL, conversations, tokenizer
+from tests.data.test_templates import BOS, EOS, SPECIAL, conversations, loose_texts, tokenizer
+from trainer.config import InstructData
 from trainer.data.assets import asset_path
-from trainer.data.conversations import Turn
+from trainer.data.conversations import Conversation, Turn
 from trainer.data.gate import check, findings_of
-from trainer.data.instruct import build_instruct
-from trainer.data.rendering import Own, Structured, special_texts
+from trainer.data.instruct import build_instruct, encode
+from trainer.data.rendering import Own, Structured, load_format, special_texts
 from trainer.data.templates import TEMPLATES
 from trainer.data.time_limit import TooSlowError, time_limit
 from trainer.errors import ConfigError, DataError
@@ -177,18 +179,27 @@ def test_what_counts_as_a_special_token() -> None:
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
-@given(turns=conversations())
+@given(turns=conversations() | conversations(loose_texts))
 def test_smollm2s_own_template_gives_the_tokens_of_apply_chat_template(turns: list[Turn]) -> None:
-    """The real tokenizer. Its template is ChatML with a default system text; ours asks for the same answer as its users do."""
+    """The real tokenizer. What is learned is what transformers adds to the prompt that it would ask with, up to the token that ends it."""
     real = smollm2_tokenizer()
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    rendered = Own(real).render(turns)
-    encoded = real(rendered.text, add_special_tokens=False)["input_ids"]
-    assert encoded == real.apply_chat_template(messages)["input_ids"]
-    asked = real.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert encoded[: len(asked)] == asked
-    first, last = rendered.answers[-1]
-    assert rendered.text[first:last] == f"{turns[-1].content}<|im_end|>"
+    conversation = Conversation(tuple(turns), "here")
+    (sample,) = encode([(conversation, 0)], load_format("auto", real), real, InstructData(max_length=4000))
+    assert sample is not None
+    assert sample.ids.tolist() == real.apply_chat_template(messages)["input_ids"]
+    if sample.straddles:  # white space at the beginning of an answer joined the prompt's: the gate refuses it
+        assert any(turn.content[0].isspace() for turn in turns if turn.role == "assistant")
+        return
+    expected = np.zeros(len(sample.ids), bool)
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            asked = real.apply_chat_template(messages[:number], add_generation_prompt=True)["input_ids"]
+            answered = real.apply_chat_template(messages[: number + 1])["input_ids"]
+            assert answered[: len(asked)] == asked
+            assert real.decode(answered[-2:]) == "<|im_end|>\n"
+            expected[len(asked) : len(answered) - 1] = True
+    assert sample.is_target.tolist() == expected.tolist()
 
 
 @functools.cache

@@ -124,3 +124,12 @@ def test_gemma_2_has_the_format_of_its_model_card(tmp_path: Path) -> None:
     asked = [2, begin, *plain(real, "user\nWhat is 2 + 2?"), end, *line, begin, *plain(real, "model\n")]
     assert ids == [*asked, *plain(real, "It is 4."), end]
     assert targets == [*plain(real, "It is 4."), end]
+    ids, targets = learned("gemma", real, LONG)  # a system text, for which it has no turn
+    says = [plain(real, f"user\n{text}") for text in ("Be brief.\n\nWhat is 2 + 2?", "And 3 + 3?")]
+    answers = [[*plain(real, text), end] for text in ("4", "6")]
+    turns = [
+        [begin, *asks, end, *line, begin, *plain(real, "model\n"), *answer]
+        for asks, answer in zip(says, answers, strict=True)
+    ]
+    assert ids == [2, *turns[0], *line, *turns[1]]
+    assert targets == [*answers[0], *answers[1]]

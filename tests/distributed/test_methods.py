@@ -24,11 +24,13 @@ from trainer.model.methods import METHODS as METHODS_TABLE
 
 STEPS = 6
 METHODS = ("full", "head", "lora", "dora", "qlora", "prefix", "prompt", "ia3", "adapter", "bitfit")
+SHARING = {"rslora": "fsdp", "vera": "zero2", "p_tuning": "zero3"}
+"""Methods that share the code of these, and the cell of each that runs with the slow tests."""
 COVERING = {
     ("qlora", "fsdp"), ("qlora", "zero3"), ("dora", "zero3"), ("prefix", "zero3"), ("prompt", "fsdp"),
     ("ia3", "zero2"), ("adapter", "zero3"), ("bitfit", "zero1"), ("head", "zero1"), ("prefix", "ddp"),
 }  # fmt: skip
-"""In the default suite: every method, every backend."""
+"""In the default suite: every method but full and lora, which most other tests train, on every backend that shards or reduces."""
 SLOW = ("ddp", "fsdp")
 """The other cells of these, and of qlora, run with the slow tests; the rest by `launch/test.sh --all`, which runs all and fills the
 README's matrix."""
@@ -65,11 +67,12 @@ def losses_of_single(root: Path, method: str) -> list[float]:
 
 def cells() -> list[Any]:
     chosen = []
-    for method, backend in itertools.product(METHODS, BACKENDS):
-        later = pytest.mark.slow if backend in SLOW or method == "qlora" else pytest.mark.all
+    for method, backend in itertools.product((*METHODS, *SHARING), BACKENDS):
+        is_slow = SHARING[method] == backend if method in SHARING else backend in SLOW or method == "qlora"
+        later = pytest.mark.slow if is_slow else pytest.mark.all
         marks = [] if (method, backend) in COVERING else [later]
         chosen.append(pytest.param(method, backend, marks=marks))
-    assert len(chosen) == 60
+    assert len(chosen) == 78
     return chosen
 
 
@@ -79,14 +82,6 @@ def test_a_method_trains_resumes_and_exports_on_a_backend(
 ) -> None:
     check_cell(method, backend, root, tmp_path)
     record(method, backend, "tested")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "backend"), [("rslora", "fsdp"), ("vera", "zero2"), ("p_tuning", "zero3")])
-def test_a_method_that_shares_anothers_code_does_the_same(
-    method: str, backend: str, root: Path, tmp_path: Path
-) -> None:
-    check_cell(method, backend, root, tmp_path)
 
 
 def check_cell(method: str, backend: str, root: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, BartConfig, BertConfig, PretrainedConfig, T5Config, XLNetConfig
+from transformers import AlbertConfig, AutoTokenizer, BartConfig, BertConfig, PretrainedConfig, T5Config, XLNetConfig
 
 from tests.distributed.resume_runs import metrics_of, start
 from tests.tiny import tiny_tokens
@@ -17,6 +17,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 MODELS: dict[str, PretrainedConfig] = {
     "mlm": BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "mlm_nsp": BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "mlm_sop": AlbertConfig(embedding_size=16, **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "span_corruption": T5Config(
         d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=0.0
     ),
@@ -138,7 +139,7 @@ def test_the_run_leaves_a_model_with_its_special_tokens_and_samples(objective: s
         assert tokenizer.mask_token == "<mask>"
     lines = metrics_of(whole)
     wanted: set[str] = {"eval/loss", "eval/perplexity", "eval/accuracy"}
-    assert wanted | ({"eval/pair_accuracy"} if objective == "mlm_nsp" else set()) <= lines[-1].keys()
+    assert wanted | ({"eval/pair_accuracy"} if objective in ("mlm_nsp", "mlm_sop") else set()) <= lines[-1].keys()
     assert {"train/loss", "train/accuracy", "train/padding"} <= lines[0].keys()
     assert lines[-2]["eval/loss"] < lines[0]["train/loss"]
     assert (whole / "samples.txt").read_text().count("wanted: ") == 3

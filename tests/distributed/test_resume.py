@@ -1,6 +1,7 @@
 """A run that ends at any moment goes on as if it had not: bit for bit under the same topology, exactly placed under any other."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,10 +296,20 @@ def test_a_stop_before_the_first_step_ends_is_saved_too(root: Path, tmp_path: Pa
     assert_went_on(config.folder, start(config, "fsdp", 2), never_killed(root, "fsdp", 2), first=1)
 
 
-def test_no_secret_of_the_environment_reaches_the_run_directory(root: Path, tmp_path: Path) -> None:
+def train_and_copy_what_is_printed(config: RunConfig, folder: Path) -> None:
+    """As `train`, with standard output and error of each rank in a file of its own, and more of it than usual."""
+    for number in (1, 2):
+        os.dup2(os.open(folder / f"rank-{os.environ['RANK']}-{number}", os.O_WRONLY | os.O_CREAT), number)
+    logging.getLogger().setLevel(logging.DEBUG)
+    train(config)
+
+
+def test_no_secret_of_the_environment_is_printed_or_reaches_the_run_directory(root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", max_steps=2)
     secret = "hf_" + "s3cr3t" * 5
-    run_ranks(train, "ddp", 2, args=(config,), environ={"HF_TOKEN": secret, "WANDB_API_KEY": secret})
-    files = [path for path in config.folder.rglob("*") if path.is_file()]
+    environ = {"HF_TOKEN": secret, "WANDB_API_KEY": secret}
+    run_ranks(train_and_copy_what_is_printed, "ddp", 2, args=(config, tmp_path), environ=environ)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 15
+    assert (tmp_path / "rank-0-1").stat().st_size > 0
     assert not [path for path in files if secret.encode() in path.read_bytes()]

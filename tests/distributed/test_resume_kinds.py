@@ -8,7 +8,7 @@ import pytest
 from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start, train
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.backend import wrap
-from trainer.config import RunConfig
+from trainer.config import FullConfig, LoraConfig, MethodConfig, QloraConfig, RunConfig
 
 BUCKETS = [
     pytest.param("ddp", 3, marks=pytest.mark.slow),
@@ -35,11 +35,13 @@ def train_in_buckets(config: RunConfig) -> dict[str, Any]:
     return train(config)
 
 
-def assert_killed_run_equals_whole(root: Path, folder: Path, backend: str, ranks: int, method: str) -> list[Any]:
+def assert_killed_run_equals_whole(
+    root: Path, folder: Path, backend: str, ranks: int, method: MethodConfig
+) -> list[Any]:
     """Train without end, and killed in the sixth step on the last rank and started again. What the ranks saw."""
-    settings = {"method": method, "eval_every": NUM_STEPS, "log_every": 1}
-    whole = start(make_config(root, folder / "whole", **settings), backend, ranks, body=train_in_buckets)
-    config = make_config(root, folder / "killed", **settings)
+    plain = make_config(root, folder / "whole", eval_every=NUM_STEPS, log_every=1).model_copy(update={"method": method})
+    whole = start(plain, backend, ranks, body=train_in_buckets)
+    config = plain.model_copy(update={"run_dir": folder / "killed"})
     assert start(config, backend, ranks, fault=f"step@{ranks - 1}:6", body=train_in_buckets) is None
     seen = start(config, backend, ranks, body=train_in_buckets)
     assert whole is not None
@@ -57,7 +59,7 @@ def assert_killed_run_equals_whole(root: Path, folder: Path, backend: str, ranks
 def test_gradients_in_several_buckets_continue_bit_for_bit(
     backend: str, ranks: int, root: Path, tmp_path: Path
 ) -> None:
-    seen = assert_killed_run_equals_whole(root, tmp_path, backend, ranks, "full")
+    seen = assert_killed_run_equals_whole(root, tmp_path, backend, ranks, FullConfig())
     assert all(facts["num_buckets"] > 1 for facts in seen)
 
 
@@ -65,4 +67,11 @@ def test_gradients_in_several_buckets_continue_bit_for_bit(
 def test_adapters_with_dropout_continue_bit_for_bit_after_a_kill(
     backend: str, ranks: int, root: Path, tmp_path: Path
 ) -> None:
-    assert_killed_run_equals_whole(root, tmp_path, backend, ranks, "lora")
+    """Dropout in the base and before the adapters' own factors."""
+    assert_killed_run_equals_whole(root, tmp_path, backend, ranks, LoraConfig(dropout=0.1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_qlora_with_dropout_continues_bit_for_bit_after_a_kill(backend: str, root: Path, tmp_path: Path) -> None:
+    assert_killed_run_equals_whole(root, tmp_path, backend, 2, QloraConfig(dropout=0.1))

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ from tests.distributed.loop_runs import (
 )
 from tests.rank_pool import run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
+from trainer.checkpoint.store import describe_damage
 from trainer.loop import Trainer
-from trainer.stop import STOP_FILE
+from trainer.stop import END_TIME, SPARE_S, STOP_FILE
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,21 @@ def test_a_request_to_stop_ends_all_ranks_at_one_step_with_a_checkpoint(root: Pa
         assert json.loads((run / "outcome.json").read_text()) == {"outcome": "stopped", "step": 4}
         assert "stopped on request after step 4" in (run / "log.txt").read_text(encoding="utf-8")
         assert not (run / STOP_FILE).exists()
+
+
+@pytest.mark.slow
+def test_a_run_saves_and_ends_before_its_jobs_end_without_a_signal(root: Path, tmp_path: Path) -> None:
+    """It knows when the job ends, and how long its steps and saves take; on both ranks at one step."""
+    config = make_config(root, tmp_path / "run", max_steps=10**6, eval_every=10**6, save_every=20)
+    end = time.time() + SPARE_S + 10
+    seen = run_ranks(train, "ddp", 2, args=([(config, None)],), environ={END_TIME: str(int(end))})
+    assert time.time() < end
+    (step,) = {facts["step"] for (facts,) in seen}
+    assert step > 20  # so that a save has been timed
+    assert json.loads((config.folder / "outcome.json").read_text()) == {"outcome": "stopped", "step": step}
+    newest = sorted((config.folder / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == f"step-{step:08d}"
+    assert describe_damage(newest) is None
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
