@@ -105,18 +105,17 @@ def classes(
     precision: str,
     is_source: bool,
 ) -> int:
-    """Labels and confidences, of a run or of a model source."""
+    """Labels and confidences, or numbers, of a run or of a model source."""
     if not is_source:
         path = Path(source)
         return predict_command(path, texts, file=file, batch_size=batch_size, as_json=as_json, precision=precision)
     sources = Sources(texts, file)
     quiet_libraries()
-    from trainer.predict.classify import Predictor, in_precision
+    from trainer.predict.classify import in_precision, predictor_of
     from trainer.predict.source import open_source
 
     model, tokenizer, info = open_source(source, "classification")
-    in_precision(model, precision, info)
-    predictor = Predictor(model, tokenizer, label_names=info["label_names"], max_length=info["max_length"])
+    predictor = predictor_of(in_precision(model, precision, info), tokenizer, info)
     return predict_with(predictor, sources, batch_size=batch_size, as_json=as_json)
 
 

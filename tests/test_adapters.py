@@ -1,6 +1,7 @@
 """Exported adapters: opened by plain PEFT and the reverse, merged, compared, and several of them on one base."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,19 +62,25 @@ def test_plain_peft_opens_an_exported_adapter_and_gives_equal_logits(
     assert torch.equal(theirs, logits_of(load_exported(folder)[0], folder))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "prompt"])
+def plain_settings(method: str) -> Any:
+    """PEFT's own settings of a method, with drawn factors."""
+    from peft import IA3Config, LoraConfig, PromptTuningConfig
+
+    if method == "prompt":
+        return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    if method == "ia3":
+        return IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[], init_ia3_weights=False)
+    low_rank = {"r": 2, "lora_alpha": 7, "target_modules": ["query"], "init_lora_weights": False}
+    return LoraConfig(task_type="SEQ_CLS", use_dora=method == "dora", use_rslora=method == "rslora", **low_rank)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora", "ia3", "prompt"])
 def test_an_adapter_made_by_plain_peft_opens_here(method: str, root: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(1)
     plain = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=3)
-    low_rank = {"r": 2, "lora_alpha": 7, "target_modules": ["query"], "init_lora_weights": False}
-    theirs = get_peft_model(
-        plain,
-        PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
-        if method == "prompt"
-        else LoraConfig(task_type="SEQ_CLS", use_dora=method == "dora", **low_rank),
-    )
+    theirs = get_peft_model(plain, plain_settings(method))
     theirs.save_pretrained(tmp_path)
     model, tokenizer, info = load_exported(tmp_path)
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -85,6 +92,18 @@ def test_an_adapter_made_by_plain_peft_opens_here(method: str, root: Path, tmp_p
     assert [one.label for one in answers] == [f"LABEL_{number}" for number in expected.argmax(-1).tolist()]
     together = AdapterPredictor({"theirs": tmp_path}).predict([(text, "theirs") for text in TEXTS])
     assert [one.confidence for one in together] == pytest.approx([one.confidence for one in answers], abs=1e-5)
+
+
+def test_a_plain_adapter_with_one_output_gives_a_number(root: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    plain = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=1)
+    theirs = get_peft_model(plain, plain_settings("lora"))
+    theirs.save_pretrained(tmp_path)
+    expected = logits_of(theirs, root / "base")[:, 0].tolist()
+    answers = load_predictor(tmp_path).predict(TEXTS)
+    assert [getattr(one, "value", None) for one in answers] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_labels_of_a_plain_adapter_are_those_of_its_last_layer(tmp_path: Path) -> None:

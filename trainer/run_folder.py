@@ -76,8 +76,12 @@ def read_info(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {name} ({settings.get(name)}) is none that samestep knows; add it there")
     if method == "lora":
         method = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
-    names = {"label_names": _labels_of_head(folder)} if task in ("classification", "token_classification") else {}
-    return {"task": task, "method": method, "base": base, **names}
+    found: dict[str, Any] = {"task": task, "method": method, "base": base}
+    if task in ("classification", "token_classification"):
+        found["label_names"] = _labels_of_head(folder)
+    if task == "classification" and len(found["label_names"]) == 1:
+        found["target"] = "regression"  # one class alone would always hold
+    return found
 
 
 def _labels_of_head(folder: Path) -> list[str]:

@@ -84,6 +84,41 @@ def test_a_classifier_that_is_no_run_answers_with_its_own_labels(
     assert [set(row["probabilities"]) for row in rows] == [{"calm", "angry"}] * 2
 
 
+def classifier(folder: Path, **settings: Any) -> Path:
+    """A tiny classifier with these settings in its config.json. Returns `folder`."""
+    config = BertConfig.from_pretrained(tiny_bert(folder), initializer_range=1.0, **settings)
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def logits_of(folder: Path, text: str) -> torch.Tensor:
+    """(C,) fp64, by plain transformers."""
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits[0].double()
+
+
+def test_a_classifier_of_several_labels_answers_with_each_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = classifier(tmp_path / "bert", num_labels=3, problem_type="multi_label_classification")
+    predict(str(folder), "--task", "classification", "a good film", "--json")
+    row = json.loads(capsys.readouterr().out)
+    expected = logits_of(folder, "a good film").sigmoid().tolist()
+    assert list(row["probabilities"].values()) == pytest.approx(expected, abs=1e-6)
+    assert set(row["labels"]) == {f"LABEL_{number}" for number, value in enumerate(expected) if value > 0.5}
+
+
+def test_a_source_with_one_output_answers_with_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = classifier(tmp_path / "bert", num_labels=1)
+    predict(str(folder), "--task", "classification", "a good film", "--json")
+    row = json.loads(capsys.readouterr().out)
+    assert row["value"] == pytest.approx(float(logits_of(folder, "a good film")), abs=1e-5)
+    several = classifier(tmp_path / "several", num_labels=2, problem_type="regression")
+    assert "gives 2 numbers" in refused(capsys, str(several), "--task", "classification", "a good film")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
