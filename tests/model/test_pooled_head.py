@@ -270,3 +270,10 @@ def test_adapters_with_pooled_heads_answer_in_turn(bert: Path, tmp_path: Path, a
             alone[name].predict([text])[0].facts()["probabilities"], rel=1e-4
         )
     assert answers[0].facts()["probabilities"] != answers[1].facts()["probabilities"]
+
+
+def test_the_head_of_xlnet_is_refused_because_it_reads_the_padding(tmp_path: Path) -> None:
+    ARCHITECTURES["xlnet"].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.pooling \(model\): the head of xlnet.*use model\.pooling=mean"):
+        check_method(config_of(tmp_path))
+    check_method(config_of(tmp_path, pooling="mean"))

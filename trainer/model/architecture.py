@@ -46,6 +46,9 @@ AUTO_MODELS: dict[str, Any] = {
 TELLING_INPUTS = {"plm": ("perm_mask",), "mlm_pairs": ("next_sentence_label", "sentence_order_label")}
 """Tasks whose loader opens models that cannot do them -> an input that one which can takes."""
 
+READ_LAST_POSITION = ("xlnet",)
+"""Kinds whose head for classes reads what stands last, padded or not; texts here are padded on the right."""
+
 PROBLEM_TYPES: dict[Target, str] = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -227,7 +230,12 @@ def has_attention_dropout(architecture: PretrainedConfig) -> bool:
 
 
 def check_task(model: ModelConfig, architecture: PretrainedConfig) -> None:
-    """ConfigError for an architecture that cannot do model.task, with the tasks that it can."""
+    """ConfigError for an architecture that cannot do model.task, with the tasks that it can, or whose own head reads padding."""
+    if model.task == "classification" and model.pooling == "model" and architecture.model_type in READ_LAST_POSITION:
+        raise ConfigError(
+            f"model.pooling (model): the head of {architecture.model_type} reads a row's last position, where shorter texts of a batch are "
+            "padded; use model.pooling=mean"
+        )
     if model.trust_remote_code or can_do(model.task, architecture):
         return
     able = [task for task in AUTO_MODELS if can_do(task, architecture)]
