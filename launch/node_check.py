@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,11 @@ def check_nodes(
     """0, or EXIT_CODE on all nodes where something is missing; the first one prints what. Every node of the job calls it once."""
     number = int(environ.get("SLURM_NODEID", "0"))
     try:
-        start = read_starts(run)[-1]
+        start, facts = read_starts(run)[-1], own_facts(number, run)
         board = Board(run / JOBS / f"check-{start.job}-{start.number:03d}", limit_s)
         if number > 0:
-            return answer(board, own_facts(number, run), address, port)
-        return ask(board, start, address, port, ranks_per_node=ranks_per_node, environ=environ)
+            return answer(board, facts, address, port, environ=environ)
+        return ask(board, start, facts, (address, port), ranks_per_node=ranks_per_node, environ=environ)
     except (OSError, ConfigError) as error:
         place = getattr(error, "filename", None) or run / JOBS
         print(
@@ -74,12 +75,20 @@ def check_nodes(
 
 
 def ask(
-    board: "Board", start: JobStart, address: str, port: int, *, ranks_per_node: int, environ: Mapping[str, str]
+    board: "Board",
+    start: JobStart,
+    facts: Mapping[str, Any],
+    place: tuple[str, int],
+    *,
+    ranks_per_node: int,
+    environ: Mapping[str, str],
 ) -> int:
-    """The part of the first node: ask the others, print the table, leave the verdict. Returns it."""
+    """The part of the first node: ask the others, print the table, leave the verdict. Returns it. place: its address and port."""
     count = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
-    with opened_port(address, port) as problem:
-        nodes = gather(board, own_facts(0, board.folder), count)
+    with opened_port(*place) as problem, ThreadPoolExecutor(1) as pool:
+        counting = pool.submit(count_gpus, environ)  # beside the waiting, whose clock runs
+        others = gather(board, count)
+        nodes = [Node(**facts, num_gpus=counting.result()), *others]
     gpus = ranks_per_node if int(environ.get("SLURM_GPUS_ON_NODE") or 0) else 0
     problems = [problem] if problem else []
     problems += problems_of(nodes, count, gpus=gpus, needed=2 * start.checkpoint_bytes)
@@ -102,16 +111,21 @@ class Board:
         fresh.replace(self.folder / f"{name}.json")
 
     def wait(self, *names: str, fraction: float = 1.0) -> dict[str, dict[str, Any]]:
-        """Those of the named files that are there before this fraction of the time is up, each with `seen`, when it was found."""
+        """Those of the named files that are there before this fraction of the time is up, each with `seen`, when it was found.
+
+        It looks at least once, however late it is.
+        """
         found: dict[str, dict[str, Any]] = {}
-        while len(found) < len(names) and time.monotonic() < self.began + self.limit_s * fraction:
+        while True:
+            is_late = time.monotonic() >= self.began + self.limit_s * fraction
             os.listdir(self.folder)  # makes network file systems look again
             for name in names:
                 path = self.folder / f"{name}.json"
                 if name not in found and path.exists():
                     found[name] = {**json.loads(path.read_text(encoding="utf-8")), "seen": time.time()}
+            if is_late or len(found) == len(names):
+                return found
             time.sleep(POLL_S)
-        return found
 
 
 @contextmanager
@@ -130,21 +144,24 @@ def opened_port(address: str, port: int) -> Iterator[str]:
         yield problem
 
 
-def answer(board: Board, facts: dict[str, Any], address: str, port: int) -> int:
-    """The part of all nodes but the first: tell about itself, answer once asked, exit by the verdict."""
+def answer(board: Board, facts: dict[str, Any], address: str, port: int, *, environ: Mapping[str, str]) -> int:
+    """The part of all nodes but the first: tell about itself, answer once asked, exit by the verdict.
+
+    GPUs are counted with the answer: the import that it takes may last as long as the first node waits for others to appear.
+    """
     number = facts["number"]
     board.write(f"here-{number}", facts)
     if not board.wait("ask"):
         return EXIT_CODE
     clock = time.time()
-    reached = why_unreachable(address, port)
-    board.write(f"answer-{number}", {"reached": reached, "clock": clock, "took": time.time() - clock})
+    found = {"reached": why_unreachable(address, port), "num_gpus": count_gpus(environ)}
+    board.write(f"answer-{number}", {**found, "clock": clock, "took": time.time() - clock})
     return int(board.wait("verdict").get("verdict", {"code": EXIT_CODE})["code"])
 
 
-def gather(board: Board, facts: dict[str, Any], count: int) -> list[Node]:
-    """The part of the first node: what each node says, with skew and lag; nodes that do not answer are left out."""
-    nodes = [Node(**facts)]
+def gather(board: Board, count: int) -> list[Node]:
+    """The part of the first node: what each other one says, with skew and lag; nodes that do not answer are left out."""
+    nodes = []
     here = board.wait(*(f"here-{number}" for number in range(1, count)), fraction=HERE_FRACTION)
     asked = time.time()
     board.write("ask", {})
@@ -152,24 +169,26 @@ def gather(board: Board, facts: dict[str, Any], count: int) -> list[Node]:
     for name, told in here.items():
         if (said := answers.get(name.replace("here", "answer"))) is not None:
             lag = said["seen"] - asked - said["took"]
+            told |= {"reached": said["reached"], "num_gpus": said["num_gpus"]}
             told.pop("seen")
-            nodes.append(Node(**told, reached=said["reached"], skew_s=said["clock"] - asked - lag / 2, lag_s=lag))
+            nodes.append(Node(**told, skew_s=said["clock"] - asked - lag / 2, lag_s=lag))
     return sorted(nodes, key=lambda node: node.number)
 
 
 def own_facts(number: int, run: Path) -> dict[str, Any]:
-    """number, name, versions, num_gpus and free_bytes of this node."""
+    """number, name, versions and free_bytes of this node; quick."""
     return {
         "number": number,
         "name": own_name(),
         "versions": {"python": platform.python_version(), **library_versions()},
-        "num_gpus": count_gpus() if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" else 0,
         "free_bytes": shutil.disk_usage(run).free,
     }
 
 
-def count_gpus() -> int:
-    """Visible here; imports torch, which takes seconds."""
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """Visible here, where the job asked for some; imports torch then, which takes seconds, on a cold file system many."""
+    if not int(environ.get("SLURM_GPUS_ON_NODE") or 0):
+        return 0
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,22 +1,16 @@
-"""What is decided around a start: whether there is another one, whether nodes fit together, when time runs out. No Slurm needed."""
+"""What is decided around a start: whether there is another one, when time runs out. No Slurm needed."""
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 
 from launch.cli import main
 from launch.job import decide
-from launch.node_check import EXIT_CODE, Node, check_nodes, problems_of
 from launch.starts import CANCELLED, JobStart, newest_step, note_start, read_starts
-from tests.slurm.cluster import free_ports
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.checkpoint.resume import OUTCOME
 from trainer.checkpoint.store import CHECKPOINTS, step_name
@@ -182,106 +176,6 @@ def test_what_jobs_left_stays_where_an_earlier_run_is_moved_aside(tmp_path: Path
     (tmp_path / "new" / STOP_FILE).touch()
     assert start_run_folder(tmp_path / "new") is None
     assert (tmp_path / "new" / STOP_FILE).exists()
-
-
-NODE = Node(number=0, name="n1", versions={"torch": "2.13"}, num_gpus=8, free_bytes=10**9)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({}, None),
-        ({"versions": {"torch": "2.12"}}, "torch 2.12 (first node: 2.13)"),
-        ({"num_gpus": 7}, "sees 7 GPUs, and 8 were asked for"),
-        ({"reached": "10.0.0.1:20000: timed out"}, "cannot reach the first node at 10.0.0.1:20000"),
-        ({"skew_s": -70.0}, "the clock of n2 is -70 s"),
-        ({"lag_s": 30.0}, "files take 30 s"),
-    ],
-)
-def test_a_node_that_does_not_fit_is_named(change: dict[str, Any], words: str | None) -> None:
-    other = replace(NODE, number=1, name="n2", **change)
-    problems = problems_of([NODE, other], 2, gpus=8, needed=1e9)
-    assert (len(problems) == 0) if words is None else (len(problems) == 1 and words in problems[0])
-
-
-def test_missing_nodes_and_a_full_disk_are_named() -> None:
-    problems = problems_of([NODE], 3, gpus=0, needed=2e9)
-    assert len(problems) == 2
-    assert "node(s) 1, 2 of 3 did not answer" in problems[0]
-    assert "954 MiB are free for checkpoints, and two need 1,907" in problems[1]
-
-
-def check_on(run: Path, numbers: tuple[int, ...], *, count: int, limit_s: float) -> dict[int, int]:
-    """The exit codes of the check on these nodes of a job on `count`, at once."""
-    codes: dict[int, int] = {}
-    (port,) = free_ports(1)
-
-    def check(number: int) -> None:
-        environ = {"SLURM_NODEID": str(number), "SLURM_JOB_NUM_NODES": str(count)}
-        codes[number] = check_nodes(run, "127.0.0.1", port, ranks_per_node=1, environ=environ, limit_s=limit_s)
-
-    threads = [Thread(target=check, args=(number,)) for number in numbers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    return codes
-
-
-@pytest.mark.parametrize("needed", [1.0, 1e18])
-def test_nodes_find_each_other_through_the_run_directory(
-    needed: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path / "run", outcome=None, step=0)
-    note_start(run, needed, {})
-    codes = check_on(run, (2, 0, 1), count=3, limit_s=50.0)
-    fits = needed == 1.0
-    assert codes == dict.fromkeys(range(3), 0 if fits else EXIT_CODE)
-    printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines()[:4]] == ["node", "0", "1", "2"]
-    assert ("all 3 node(s) are ready" in printed) == fits
-    skews = [abs(float(line.split()[-2])) for line in printed.splitlines()[1:4]]
-    assert max(skews) < 1.0  # one clock
-
-
-def test_a_node_that_is_absent_is_named_by_the_others_in_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path / "run", outcome=None, step=0)
-    note_start(run, 1.0, {})
-    began = time.monotonic()
-    codes = check_on(run, (0, 2), count=3, limit_s=4.0)
-    assert time.monotonic() - began < 8.0
-    assert codes == {0: EXIT_CODE, 2: EXIT_CODE}
-    printed = capsys.readouterr().out
-    assert "node(s) 1 of 3 did not answer" in printed
-    assert [line.split()[0] for line in printed.splitlines()[:3]] == ["node", "0", "2"]
-
-
-def unshare(jobs: Path) -> None:
-    """As where the run directory is another node's own."""
-    shutil.rmtree(jobs)
-
-
-def block(jobs: Path) -> None:
-    """As where nothing can be made in it."""
-    (jobs / "check-7-000").rmdir()
-    (jobs / "check-7-000").touch()
-
-
-@pytest.mark.parametrize("spoil", [unshare, block])
-def test_a_node_that_cannot_use_the_run_directory_says_so_itself(
-    spoil: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    run = make_run(tmp_path / "run", outcome=None, step=0)
-    note_start(run, 1.0, {"SLURM_JOB_ID": "7"})
-    (run / JOBS / "check-7-000").mkdir()
-    spoil(run / JOBS)
-    assert check_on(run, (1,), count=2, limit_s=1.0) == {1: EXIT_CODE}
-    printed = capsys.readouterr().out
-    assert f"error: node 1 (n7) cannot use {run / JOBS}" in printed
-    assert "set run_dir=PATH" in printed
 
 
 def test_a_run_stops_while_there_is_time_for_a_step_and_a_save() -> None:
