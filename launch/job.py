@@ -14,8 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from launch.command import CONFIG_FOLDER, RunOptions
-from launch.starts import CANCELLED, JobStart, is_cancelled, newest_step, newest_written, note_start, read_starts
-from trainer.checkpoint.resume import OUTCOME, decide_start, read_outcome
+from launch.starts import (
+    CANCELLED,
+    JobStart,
+    is_cancelled,
+    newest_step,
+    newest_written,
+    note_start,
+    outcome_of,
+    read_starts,
+)
+from trainer.checkpoint.resume import OUTCOME, decide_start
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
 from trainer.run_folder import JOBS, job_id
 from trainer.stop import STOP_FILE
@@ -41,9 +50,9 @@ def begin(
 
     with redirect_stdout(sys.stderr):  # what a recipe prints when it is imported is not for the script
         found = check_job(options)
-    folder = found.folder
-    start = note_start(folder, checkpoint_size(found), os.environ)
-    if decide_start(found).kind != "finished":
+    folder, kind = found.folder, decide_start(found).kind
+    start = note_start(folder, checkpoint_size(found), os.environ, is_fresh=kind == "fresh")
+    if kind == "continue":
         (folder / OUTCOME).unlink(missing_ok=True)  # of an earlier start: this one has its own, or dies without one
     if is_cancelled(folder, start.job):  # on its way here: one step, a save, and no other start
         (folder / STOP_FILE).touch()
@@ -86,8 +95,8 @@ def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_stat
 
     job_state: as Slurm calls it; a job that somebody cancelled is not started again.
     """
-    outcome, start = read_outcome(run), starts[-1]
-    step, number = newest_step(run), start.number
+    start = starts[-1]
+    outcome, step, number = outcome_of(run, start), newest_step(run), start.number
     if outcome == "finished":
         return "finished", f"the run is finished at step {step}"
     if is_cancelled(run, start.job) or job_state == "CANCELLED":

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from launch.starts import known_starts, newest_step
+from launch.starts import known_starts, newest_step, outcome_of
 from trainer.checkpoint.resume import read_outcome
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
@@ -48,7 +48,8 @@ def status_of(run: Path) -> Iterator[str]:
     """The cells of one run."""
     job = job_of(run)
     state, reason = queue_state(job)
-    outcome, starts = read_outcome(run), known_starts(run)
+    starts = known_starts(run)
+    outcome = outcome_of(run, starts[-1]) if starts else read_outcome(run)
     yield run.name
     yield job
     yield state or outcome or ("not in the queue" if starts else "submitted")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.checkpoint.resume import OUTCOME, read_outcome
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints, step_of
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS, job_id
@@ -35,10 +36,14 @@ class JobStart:
     log: str
     git: str | None = None
     """Revision of the code, with -dirty where files differ from it."""
+    earlier_outcome_ns: int | None = None
+    """When the outcome of an earlier run was written, which lies there until training moves that run aside; None without one."""
 
 
-def note_start(folder: Path, checkpoint_bytes: float, environ: Mapping[str, str]) -> JobStart:
-    """Append this start to RUN/slurm/starts.jsonl."""
+def note_start(
+    folder: Path, checkpoint_bytes: float, environ: Mapping[str, str], *, is_fresh: bool = False
+) -> JobStart:
+    """Append this start to RUN/slurm/starts.jsonl. is_fresh: training will move an earlier run aside."""
     jobs = folder / JOBS
     number = int(environ.get("SLURM_RESTART_COUNT", "0"))
     start = JobStart(
@@ -50,6 +55,7 @@ def note_start(folder: Path, checkpoint_bytes: float, environ: Mapping[str, str]
         checkpoint_bytes=checkpoint_bytes,
         log=f"job-{environ.get('SLURM_JOB_ID', '0')}-start-{number:03d}.log",
         git=git_revision(),
+        earlier_outcome_ns=outcome_written_ns(folder) if is_fresh else None,
     )
     try:
         jobs.mkdir(parents=True, exist_ok=True)
@@ -89,6 +95,20 @@ def known_starts(run: Path) -> list[JobStart]:
 def _ends_with_a_line(file: Path) -> bool:
     content = file.read_bytes()
     return not content or content.endswith(b"\n")
+
+
+def outcome_of(run: Path, start: JobStart) -> str | None:
+    """How this start, the newest, has ended: finished, stopped or failed; None for one that was killed or is running."""
+    written = outcome_written_ns(run)
+    return None if written is None or written == start.earlier_outcome_ns else read_outcome(run)
+
+
+def outcome_written_ns(run: Path) -> int | None:
+    """When the outcome in the run directory was written, by the file system's clock; None without one."""
+    try:
+        return (run / OUTCOME).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def newest_step(run: Path) -> int:

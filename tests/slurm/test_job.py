@@ -10,9 +10,9 @@ import pytest
 
 from launch.cli import main
 from launch.job import decide
-from launch.starts import CANCELLED, JobStart, newest_step, note_start, read_starts
+from launch.starts import CANCELLED, JobStart, newest_step, note_start, outcome_of, read_starts
 from tests.tiny import tiny_bert, tiny_sentences
-from trainer.checkpoint.resume import OUTCOME
+from trainer.checkpoint.resume import OUTCOME, read_outcome
 from trainer.checkpoint.store import CHECKPOINTS, step_name
 from trainer.config import RunConfig, TrainConfig
 from trainer.errors import ConfigError
@@ -138,7 +138,7 @@ def test_a_job_begins_with_three_lines_and_without_what_earlier_starts_left(
         str(Path("accelerate_configs/single.yaml").resolve()),
     ]
     assert "a recipe that prints" in printed.err
-    assert not (run / OUTCOME).exists()
+    assert decide(run, read_starts(run), max_restarts=9, job_state="RUNNING")[0] == "requeue"  # it has not failed
     assert not (run / STOP_FILE).exists()
     assert (run / JOBS / CANCELLED).read_text() == "6"
 
@@ -150,6 +150,32 @@ def test_a_job_begins_with_three_lines_and_without_what_earlier_starts_left(
     assert decide(run, read_starts(run)[:1], max_restarts=9, job_state="RUNNING")[0] == "finished"
     (run / OUTCOME).unlink()
     assert decide(run, read_starts(run)[:1], max_restarts=9, job_state="RUNNING")[0] == "cancelled"
+
+
+def test_an_outcome_stays_with_the_run_that_is_moved_aside_and_is_not_that_of_the_new_one(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = make_run(tmp_path / "run", outcome="finished", step=9)
+    (run / "config.yaml").touch()
+    begin(*words, "train.resume=never")
+    starts = read_starts(run)
+    assert (outcome_of(run, starts[-1]), read_outcome(run)) == (None, "finished")
+    assert decide(run, starts, max_restarts=9, job_state="RUNNING")[0] == "requeue"  # died before it trained
+    moved = start_run_folder(run)
+    assert moved is not None
+    assert read_outcome(moved) == "finished"
+    (run / OUTCOME).write_text(json.dumps({"outcome": "failed", "step": 1}))
+    assert decide(run, starts, max_restarts=9, job_state="RUNNING")[0] == "failed"
+
+
+def test_what_an_earlier_start_left_is_gone_where_the_run_continues(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = make_run(tmp_path / "run", outcome="failed", step=9)
+    begin(*words)
+    assert not (run / OUTCOME).exists()
 
 
 def read_starts_or_none(run: Path) -> list[JobStart] | None:
