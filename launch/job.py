@@ -80,9 +80,11 @@ def end(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     *,
     max_restarts: Annotated[int, typer.Option(min=0)],
+    unready: Annotated[bool, typer.Option("--unready", help="The check of the nodes ended this start.")] = False,
 ) -> None:
     """Print finished, cancelled, failed, stuck or requeue; why, on the error stream."""
-    verdict, why = decide(run, read_starts(run), max_restarts=max_restarts, job_state=job_state(os.environ))
+    state = job_state(os.environ)
+    verdict, why = decide(run, read_starts(run), max_restarts=max_restarts, job_state=state, has_trained=not unready)
     if verdict == "cancelled":
         (run / JOBS / CANCELLED).unlink(missing_ok=True)
     (run / STOP_FILE).unlink(missing_ok=True)  # a signal may have come after training had ended
@@ -90,10 +92,13 @@ def end(
     print(verdict)
 
 
-def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_state: str) -> tuple[str, str]:
+def decide(
+    run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_state: str, has_trained: bool = True
+) -> tuple[str, str]:
     """What comes after a start that has ended, and why, in words. Looks at the run directory, changes nothing.
 
-    job_state: as Slurm calls it; a job that somebody cancelled is not started again.
+    job_state: as Slurm calls it; a job that somebody cancelled is not started again. has_trained: false where the check of the nodes
+    ended the start, which is then forgiven for its lack of progress, unless the one before it had made none either.
     """
     start = starts[-1]
     outcome, step, number = outcome_of(run, start), newest_step(run), start.number
@@ -106,6 +111,8 @@ def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_stat
     is_old = (
         step == start.step and newest_written(run) <= start.began
     )  # else it began anew, or wrote a damaged one again
+    if not has_trained:
+        is_old = is_old and [before.step for before in starts[-2:-1]] == [step]
     if number > 0 and is_old:
         return "stuck", (
             f"no progress since the last restart: the newest checkpoint is still that of step {step}; start {number + 1} of job "
@@ -117,6 +124,7 @@ def decide(run: Path, starts: Sequence[JobStart], *, max_restarts: int, job_stat
             f"restarted {number} times, which is the cap (--max-restarts {max_restarts}); the run is at step {step}",
         )
     how = "stopped on request" if outcome == "stopped" else "ended without a word"
+    how = how if has_trained else "had nodes that were not ready"
     return (
         "requeue",
         f"{how} at step {step}; the job is put back into the queue (restart {number + 1} of {max_restarts})",

@@ -73,6 +73,25 @@ def test_a_damaged_checkpoint_that_was_written_again_is_progress(tmp_path: Path)
     assert decide(run, [again], max_restarts=20, job_state="NODE_FAIL")[0] == "requeue"
 
 
+@pytest.mark.parametrize(
+    ("before", "number", "verdict"),
+    [
+        (4, 2, "requeue"),  # the start before it had come from step 4 to 6
+        (6, 2, "stuck"),  # that one had made no progress either
+        (4, 20, "stuck"),  # the cap
+    ],
+)
+def test_a_restart_on_nodes_that_are_not_ready_is_put_back_unless_the_one_before_it_brought_nothing(
+    before: int, number: int, verdict: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", outcome=None, step=6)
+    now = time.time() + 60  # after the checkpoint was written
+    starts = [replace(START, number=number - 1, step=before), replace(START, number=number, step=6, began=now)]
+    found, why = decide(run, starts, max_restarts=20, job_state="RUNNING", has_trained=False)
+    assert found == verdict, why
+    assert decide(run, starts, max_restarts=20, job_state="RUNNING")[0] == "stuck"
+
+
 def test_a_torn_line_hides_no_other_start(tmp_path: Path) -> None:
     first = note_start(tmp_path, 1.0, {"SLURM_JOB_ID": "30"})
     file = tmp_path / JOBS / "starts.jsonl"
