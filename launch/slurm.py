@@ -200,10 +200,12 @@ def settings(asked: Submission) -> Iterator[str]:
     for name, value in cluster.environment.items():
         yield f"export {name}={shlex.quote(value)}"
     for module in cluster.modules:
-        yield f"module load {module}"
-    container = {"--container-image": cluster.container_image, "--container-mounts": cluster.container_mounts}
+        failed = f"samestep: module load {module} failed; correct modules in the profile of the cluster"
+        yield f"module load {module} || {{ echo '{failed}' >&2; exit 2; }}"
     if cluster.container_image:
-        yield f"srun_options=({' '.join(f'{name}={value}' for name, value in container.items() if value)})"
+        mounts = f" --container-mounts={cluster.container_mounts}" if cluster.container_mounts else ""
+        yield "# Inside too, paths are relative to where the job was submitted; pyxis would start in the image's own directory."
+        yield f'srun_options=(--container-image={cluster.container_image}{mounts} --container-workdir="$PWD")'
     if asked.backend:
         yield f"SAMESTEP_BACKEND={asked.backend}"
     yield f"SAMESTEP_PRECISION={asked.precision}"

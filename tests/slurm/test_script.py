@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from launch.cli import main
 from launch.slurm import MARK, TEMPLATE, Cluster, Submission, lead_s, load_cluster, script_text, variants_of
+from launch.slurm import settings as settings_of
 from trainer.data.assets import cache_folder
 from trainer.errors import ConfigError
 
@@ -158,6 +159,21 @@ def test_secrets_do_not_stand_in_scripts(name: str, is_secret: bool) -> None:
 def test_mounts_without_an_image_are_refused() -> None:
     with pytest.raises(ConfigError, match="no effect without container_image"):
         script_of(replace(PLAIN, cluster=Cluster(container_mounts="/a:/b")))
+
+
+def test_a_module_that_does_not_load_ends_the_job_and_is_named() -> None:
+    lines = "\n".join(settings_of(replace(PLAIN, cluster=Cluster(modules=("gcc", "cuda/12.8")))))
+    program = f"module() {{ [[ $2 == gcc ]]; }}\n{lines}\necho goes on"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "module load cuda/12.8 failed" in done.stderr
+
+
+def test_relative_paths_mean_the_same_in_a_container() -> None:
+    lines = "\n".join(settings_of(replace(PLAIN, cluster=Cluster(container_image="/images/torch.sqsh"))))
+    program = f'cd /usr\n{lines}\nprintf "%s\\n" "${{srun_options[@]}}"'
+    printed = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ["--container-image=/images/torch.sqsh", "--container-workdir=/usr"]
 
 
 printable = st.text(
