@@ -12,11 +12,28 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2Model, LlamaConfig
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from tests.json_values import JSON
 from tests.tiny import tiny_bert
-from trainer.config import FullConfig, HeadConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from trainer.config import (
+    FullConfig,
+    HeadConfig,
+    Ia3Config,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    StreamData,
+    TrainConfig,
+)
 from trainer.errors import ConfigError, DataError
 from trainer.model.dropout import FAST_ATTENTION, FastDropout
 from trainer.model.identity import files_of_index
@@ -112,6 +129,20 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, accelerator
     BertConfig(**TINY).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="lack 100% of BertForSequenceClassification's encoder"):
         build_model(run(tmp_path), LABELS, accelerator)
+
+
+@pytest.mark.parametrize("method", [LoraConfig(rank=2), Ia3Config(), FullConfig()])
+def test_a_language_model_without_its_head_is_refused_where_the_head_would_not_be_trained(
+    tmp_path: Path, accelerator: Accelerator, method: Any
+) -> None:
+    LlamaModel(LlamaConfig(**TINY, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    train = TrainConfig(max_steps=1, metric="loss")
+    config = run(tmp_path, model={"task": "clm"}, method=method, data=StreamData(isolate=False), train=train)
+    if method.name == "full":
+        assert build_model(config, (), accelerator).get_parameter("lm_head.weight").requires_grad
+        return
+    with pytest.raises(ConfigError, match=r"its weights lack lm_head\.weight.*use method\.name=full"):
+        build_model(config, (), accelerator)
 
 
 def test_dropout_rates_reach_the_layers(bert: Path, accelerator: Accelerator) -> None:

@@ -29,7 +29,7 @@ from trainer.model.architecture import (
     source_error,
 )
 from trainer.model.dropout import FAST_ATTENTION, use_fast_dropout
-from trainer.model.heads import encoder_prefix, head_modules
+from trainer.model.heads import HEADED_TASKS, encoder_prefix, head_modules
 from trainer.model.identity import check_index, note_files
 from trainer.model.isolation import check_isolation
 from trainer.model.methods import apply_method, check_method
@@ -66,6 +66,7 @@ def build_model(
     quantization = quantization_of(config.model, config.method, architecture, precision=request.precision)
     plain, new_names = load_weights(config.model, architecture, quantization)
     check_no_batch_statistics(config.model.source, plain)
+    check_head_is_read(config, plain, new_names)
     if config.model.added_tokens is not None:
         before = load_tokenizer(config.model.model_copy(update={"added_tokens": None}))
         grow_embeddings(plain, before, read_tokens(config.model.added_tokens))
@@ -155,6 +156,19 @@ def check_loaded(
         raise ConfigError(
             f"model.source ({model.source}): its weights lack {share:.0%} of {type(loaded).__name__}'s encoder; they belong "
             "to another architecture; give matching weights, or model.init=random to train from scratch"
+        )
+
+
+def check_head_is_read(config: RunConfig, model: PreTrainedModel, new_names: Sequence[str]) -> None:
+    """ConfigError for a language model's head that was drawn and would stay frozen: no method but full trains it, or exports it."""
+    if config.model.task in HEADED_TASKS or config.method.name == "full":
+        return
+    heads = head_modules(model)
+    drawn = [name for name in new_names if name.split(".")[0] in heads]
+    if drawn:
+        raise ConfigError(
+            f"model.source ({config.model.source}): its weights lack {listing(drawn)}, which method.name={config.method.name} would leave "
+            f"as drawn; use method.name=full, or a source that was trained for model.task={config.model.task}"
         )
 
 
