@@ -176,7 +176,7 @@ def this_machine() -> Machine:
     on_gpu = torch.accelerator.is_available()
     return Machine(
         num_gpus=torch.accelerator.device_count() if on_gpu else 0,
-        has_bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),
+        has_bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
     )
 

@@ -1,14 +1,20 @@
 """bf16 means one thing: fp32 weights, moments and reduction, bf16 compute; so every backend is as far from fp32 as single is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from launch.preflight import this_machine
 from tests.rank_pool import BACKENDS, run_ranks
 from trainer.backend import build_accelerator, build_engine
+from trainer.backend.build import check_bf16
+from trainer.backend.request import Request
 from trainer.config import RunConfig, TrainConfig
 from trainer.data.batches import micro_batches
+from trainer.errors import BackendError
 from trainer.loss import classification_loss_sum
 
 BATCH, STEPS = 16, 4
@@ -95,3 +101,16 @@ def test_low_precision_is_as_far_from_fp32_as_single_is(backend, architecture, p
 def test_fp16_scales_the_loss_and_keeps_the_gradient(references) -> None:
     assert references["bert", "fp16"]["scale"] == 2.0**16
     assert distance(references["bert", "fp16"], references["bert", "no"], "gradients") < 0.01
+
+
+def test_bf16_that_the_gpu_only_emulates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not this_machine().has_bf16
+    asked = Request(backend="single", precision="bf16", world_size=1, on_cpu=False)
+    with pytest.raises(BackendError, match=r"\(bf16\): this GPU does not compute in bf16; start with .* fp16 or no"):
+        check_bf16(asked, use_cpu=False)
+    check_bf16(asked, use_cpu=True)
+    check_bf16(replace(asked, precision="fp16"), use_cpu=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    check_bf16(asked, use_cpu=False)

@@ -42,6 +42,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError(*problems)
     use_cpu = request.on_cpu or not torch.accelerator.is_available()
     check_optimizer(config.optim.name, request, use_cpu=use_cpu)
+    check_bf16(request, use_cpu=use_cpu)
     problems = setting_problems(os.environ, config, request.world_size)
     if problems:
         raise BackendError("\n".join(problems))
@@ -71,6 +72,15 @@ def check_optimizer(name: str, request: Request, *, use_cpu: bool) -> None:
     if name.startswith("paged") and use_cpu:
         raise ConfigError(
             f"optim.name ({name}) moves moments between GPU and host memory, and this run has no GPU; use adamw or adamw_8bit"
+        )
+
+
+def check_bf16(request: Request, *, use_cpu: bool) -> None:
+    """BackendError for bf16 on a GPU that would only emulate it, many times slower than fp32."""
+    on_cuda = not use_cpu and torch.cuda.is_available()
+    if request.precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise BackendError(
+            "mixed precision (bf16): this GPU does not compute in bf16; start with --mixed_precision fp16 or no"
         )
 
 
