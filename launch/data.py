@@ -91,9 +91,14 @@ def adopt(folder: Folder, *, tokenizer: TokenizerOption, eos: EosOption = None) 
 
     Example: samestep data adopt /data/fineweb --tokenizer tokenizer.json --eos '<|endoftext|>'
     """
-    file = tokenizer_path(tokenizer)
+    file, beside = tokenizer_path(tokenizer), folder / "tokenizer.json"
+    content = file.read_bytes()
+    if beside.is_file() and beside.read_bytes() != content:
+        raise DataError(
+            f"{beside} is another tokenizer than --tokenizer ({tokenizer}), which would take its place; give that one, or move it away"
+        )
     manifest = adopt_folder(folder, describe_tokenizer(file, eos), watch=print)
-    write_file(folder / "tokenizer.json", file.read_bytes())
+    write_file(beside, content)
     print(f"{folder}: {summary(manifest)}")
 
 

@@ -72,6 +72,20 @@ def test_foreign_files_are_adopted(tokenizer: Path, tmp_path: Path, capsys: pyte
     assert "is a token dataset already" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_lies_beside_foreign_files_is_not_replaced_by_another(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.array([1, 2, 256, 3, 256], "<u2").tofile(tmp_path / "train.bin")
+    own = tmp_path / "tokenizer.json"
+    own.write_text('{"of": "these tokens"}')
+    run("adopt", str(tmp_path), "--tokenizer", str(tokenizer), "--eos", "<end>", code=2)
+    assert f"{own} is another tokenizer than --tokenizer ({tokenizer})" in capsys.readouterr().err
+    assert own.read_text() == '{"of": "these tokens"}'
+    assert not (tmp_path / "manifest.json").exists()
+    own.write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    run("adopt", str(tmp_path), "--tokenizer", str(own), "--eos", "<end>")
+
+
 def test_mistakes_exit_with_2(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     for words, message in (
