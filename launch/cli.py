@@ -59,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SamestepError as error:
         print(error_text(error), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if (
+            error.filename is None
+        ):  # a path that cannot be read or written is the user's to fix, a torn connection is not
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from trainer.quiet import quiet_libraries
-from trainer.run_folder import MODEL_FOLDER
+from trainer.run_folder import INFO_FILE, MODEL_FOLDER, find_exported, read_info
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -53,12 +53,11 @@ def inspect(
 
 
 def source_of(model: str) -> str:
-    """What to open: of a run directory the exported model, or of an adapter its base."""
+    """What to open: of a run directory the exported model, or of an adapter its base. CheckpointError for a damaged samestep.json."""
     for folder in (Path(model) / MODEL_FOLDER, Path(model)):
-        file = folder / "samestep.json"
-        if file.is_file():
+        if (folder / INFO_FILE).is_file():
             is_whole = (folder / "config.json").is_file()
-            return str(folder) if is_whole else str(json.loads(file.read_text(encoding="utf-8"))["base"])
+            return str(folder) if is_whole else str(read_info(find_exported(folder, None))["base"])
     return model
 
 

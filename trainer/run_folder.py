@@ -62,15 +62,15 @@ def find_exported(path: Path, task: str | None = "classification") -> Path:
 def read_info(folder: Path) -> dict[str, Any]:
     """samestep.json of an exported folder; of an adapter that PEFT alone has made, what its settings and tensors say.
 
-    CheckpointError where that is not enough.
+    CheckpointError where that is not enough, or a file is damaged; OSError where there is none.
     """
     if (folder / INFO_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
-        return dict(json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
+        return _read_object(folder / INFO_FILE)
     file = folder / ADAPTER_FILE
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = _read_object(file)
     tasks = {name: task for task, name in PEFT_TASKS.items()}
-    task, base = tasks.get(settings.get("task_type")), settings.get("base_model_name_or_path")
-    method = PEFT_TYPES.get(settings.get("peft_type"))
+    task, base = tasks.get(str(settings.get("task_type"))), settings.get("base_model_name_or_path")
+    method = PEFT_TYPES.get(str(settings.get("peft_type")))
     for name, value in (("task_type", task), ("base_model_name_or_path", base), ("peft_type", method)):
         if value is None:
             raise CheckpointError(f"{file}: {name} ({settings.get(name)}) is none that samestep knows; add it there")
@@ -84,14 +84,28 @@ def read_info(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. CheckpointError for anything else, OSError where it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); take the model folder from its run again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not a JSON object; take the model folder from its run again")
+    return content
+
+
 def _labels_of_head(folder: Path) -> list[str]:
     """LABEL_0, LABEL_1, ...: as many as the head among an adapter's tensors has rows; from the header of its file alone."""
     file = folder / "adapter_model.safetensors"
-    with file.open("rb") as tensors:
-        size = int.from_bytes(tensors.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError(f"{file.name} is no safetensors file; fetch it again, with git-lfs where it came by git")
-        header = json.loads(tensors.read(size))
+    try:
+        with file.open("rb") as tensors:
+            size = int.from_bytes(tensors.read(8), "little")
+            header = json.loads(tensors.read(size if size < file.stat().st_size else 0))
+    except ValueError:
+        raise CheckpointError(
+            f"{file} is no safetensors file; fetch it again, with git-lfs where it came by git"
+        ) from None
     heads = [entry["shape"] for name, entry in header.items() if re.search(HEAD, name) and len(entry["shape"]) == 2]
     if not heads:
         raise CheckpointError(f"{file} holds no classification head; save it with the adapter (PEFT's modules_to_save)")

@@ -52,3 +52,27 @@ def test_what_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["inspect", str(tmp_path / "nothing")])
     assert done.value.code == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"base": ', "cannot be read"), ("{}", "lacks"), ("[]", "not a JSON")])
+def test_a_damaged_run_is_one_sentence(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "samestep.json").write_text(text)
+    for words in (["inspect", str(tmp_path)], ["adapter", "inspect", str(tmp_path)], ["predict", str(tmp_path), "x"]):
+        with pytest.raises(SystemExit) as done:
+            main(words)
+        assert done.value.code == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'model' / 'samestep.json'} " in said and message in said
+        assert "\n" not in said.strip()
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    chart = tmp_path / "file" / "folder" / "methods.png"
+    with pytest.raises(SystemExit) as done:
+        main(["methods", str(tiny_bert(tmp_path / "bert")), "--chart", str(chart)])
+    assert done.value.code == 2
+    assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
