@@ -1,11 +1,13 @@
 """Exported adapters: opened by plain PEFT and the reverse, merged, compared, and several of them on one base."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -15,7 +17,7 @@ from transformers import (
 
 from launch.adapter import held_out_samples
 from launch.cli import main
-from tests.exported_runs import export_clm, llama_base
+from tests.exported_runs import ADAPTER, command, export_clm, llama_base
 from tests.test_predict import LABELS, TEXTS, export_run
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.config import ModelConfig, QloraConfig
@@ -176,6 +178,41 @@ def test_a_quantized_base_is_merged_as_the_adapter_knew_it_and_the_other_merge_i
     merge(folder, info, "dequantized", tmp_path / "out")
     alone = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits_of(alone, folder), logits_of(model, folder), atol=1e-4)
+
+
+@pytest.mark.parametrize("into", ["dequantized", "base"])
+def test_the_command_merges_a_quantized_run_both_ways_and_what_it_wrote_opens(
+    into: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command("adapter", "merge", runs["qlora"], "--into", into, "--output", out) == 0
+    said = capsys.readouterr().out
+    assert f"{out}, opened again" in said
+    assert f"samestep adapter compare {runs['qlora']}" in said
+    model, _, info = load_exported(out)
+    assert (info["method"], info["merged"]) == ("full", {"method": "qlora", "into": into})
+    assert "quantization" not in info
+    folder, about = find_adapter(runs["qlora"])
+    expected = merged(folder, about, into).state_dict()  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_merge_that_is_another_model_ends_the_comparison_with_1(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Factors that nearly cancel, and are so large that fp32 has no digit left for what the merged weights were."""
+    run = shutil.copytree(runs["lora"], tmp_path / "run")
+    tensors = load_file(run / "model" / ADAPTER)
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            tensor[1::2] = tensor[::2] * 1.001
+        elif "lora_B" in name:
+            tensor[:, ::2], tensor[:, 1::2] = 1e9, -1e9 / 1.001
+    save_file(tensors, run / "model" / ADAPTER, {"format": "pt"})
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    assert command("adapter", "compare", run, "--text", texts) == 1
+    assert "ANOTHER MODEL" in capsys.readouterr().out
 
 
 def test_next_tokens_are_compared_at_every_place_of_every_text(tmp_path: Path) -> None:
