@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, TextError
 from trainer.quiet import quiet_libraries
 from trainer.run_folder import find_exported
 from trainer.screen import print_plain
@@ -103,6 +103,15 @@ class Sources:
     def name(self) -> str:
         """For messages."""
         return "standard input" if str(self.file) == "-" else f"--file ({self.file})"
+
+    def located(self, error: TextError, before: int) -> DataError:
+        """The same with the line of the text; before: how many texts had come before those that it was given with."""
+        number = before + error.number - len(self.texts)
+        if number <= 0:
+            return DataError(f"text {before + error.number} {error.words}")
+        for line in self.empty_lines:
+            number += line <= number
+        return DataError(f"{self.name}, line {number} {error.words}")
 
     def lines(self) -> Iterator[str]:
         """Every text, in order; empty lines are left out and their numbers kept."""

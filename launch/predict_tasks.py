@@ -16,7 +16,7 @@ import typer
 from launch.predict import TEXTS_AT_ONCE, Sources, check_options, predict_command, predict_with
 from launch.predict_adapters import predict_adapters_command, refuse_beside_adapters
 from launch.predict_chat import open_chat
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, TextError
 from trainer.predict.answer import OPENERS, Answerer, PredictOptions
 from trainer.quiet import quiet_libraries
 from trainer.run_folder import find_exported
@@ -160,7 +160,10 @@ def answer_all(answerer: Answerer, sources: Sources, *, as_json: bool) -> tuple[
     count, elapsed_s, remaining = 0, 0.0, iter(sources.lines())
     while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
         began = time.perf_counter()
-        answers = answerer.answer(chunk)
+        try:
+            answers = answerer.answer(chunk)
+        except TextError as error:
+            raise sources.located(error, count) from None
         elapsed_s += time.perf_counter() - began
         count += len(answers)
         for answer in answers:

@@ -21,6 +21,15 @@ class DataError(SamestepError):
     """Input data is missing or malformed; names file and line where there is one."""
 
 
+class TextError(DataError):
+    """A text that a model cannot answer; `number` is its place, from 1, among those that it was given with."""
+
+    def __init__(self, number: int, words: str) -> None:
+        """words: the text in brackets, the rule, the fix."""
+        self.number, self.words = number, words
+        super().__init__(f"text {number} {words}")
+
+
 class CheckpointError(SamestepError):
     """A saved model, adapter or run directory is missing, incomplete or does not fit."""
 

@@ -68,6 +68,17 @@ def test_a_text_without_a_mask_is_refused(masked: Path, capsys: pytest.CaptureFi
     assert "has no mask; put [MASK] where a token is to be found" in said
 
 
+def test_a_text_of_a_file_is_named_by_its_line(
+    masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.predict_tasks.TEXTS_AT_ONCE", 2)
+    file = tmp_path / "texts.txt"
+    file.write_text("\na [MASK]\n\n\nthe [MASK]\na film\n")
+    said = refused(capsys, str(masked), "--task", "mlm", "is [MASK]", "--file", str(file))
+    assert f"--file ({file}), line 6 ('a film') has no mask" in said
+    assert "text 2 ('a film') has no mask" in refused(capsys, str(masked), "--task", "mlm", "is [MASK]", "a film")
+
+
 def test_a_source_without_the_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_bert(tmp_path / "bert")
     assert "lack cls.predictions" in refused(capsys, str(folder), "--task", "mlm", "a [MASK]")

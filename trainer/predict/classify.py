@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, TextError
 from trainer.model.export import load_exported
 from trainer.model.methods import METHODS
 from trainer.predict.kinds import AnyPrediction, prediction_of, scores_of
@@ -120,9 +120,9 @@ def check_texts(texts: Sequence[Text]) -> None:
     for number, text in enumerate(texts, start=1):
         parts = [text] if isinstance(text, str) else list(text)
         if len(parts) != (1 if isinstance(texts[0], str) else 2):
-            raise DataError(f"text {number} ({text!r:.80}) must be {_kind(texts[0])} like the first; predict it apart")
+            raise TextError(number, f"({text!r:.80}) must be {_kind(texts[0])} like the first; predict it apart")
         if not all(part.strip() for part in parts):
-            raise DataError(f"text {number} ({text!r:.80}) is empty; leave it out")
+            raise TextError(number, f"({text!r:.80}) is empty; leave it out")
 
 
 def pad_right(samples: Sequence[dict[str, list[int]]], padding: dict[str, int]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.tokens import LARGEST_LIMIT
-from trainer.errors import DataError
+from trainer.errors import TextError
 from trainer.predict.answer import Answer, PredictOptions
 from trainer.predict.classify import check_texts, pad_right
 
@@ -46,12 +46,12 @@ class MaskFiller:
         frame = [id for id in (tokenizer.cls_token_id, tokenizer.sep_token_id) if id is not None]
         ids = [*frame[:1], *ids, *frame[1:]]
         if tokenizer.mask_token_id not in ids:
-            raise DataError(
-                f"text {number} ({text!r:.80}) has no mask; put {tokenizer.mask_token} where a token is to be found"
+            raise TextError(
+                number, f"({text!r:.80}) has no mask; put {tokenizer.mask_token} where a token is to be found"
             )
         if len(ids) > self.max_length:
-            raise DataError(
-                f"text {number} ({text!r:.60}) has {len(ids):,} tokens, and the model reads {self.max_length:,}; shorten it"
+            raise TextError(
+                number, f"({text!r:.60}) has {len(ids):,} tokens, and the model reads {self.max_length:,}; shorten it"
             )
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 

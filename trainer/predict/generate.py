@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from trainer.data.batches import random_words
 from trainer.data.pairs import encode_texts
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, TextError
 from trainer.predict.answer import Answer, PredictOptions
 from trainer.predict.classify import check_texts
 
@@ -192,11 +192,12 @@ class Generator:
             rows = self.tokenizer(list(texts), verbose=False)["input_ids"]
         for number, (text, row) in enumerate(zip(texts, rows, strict=True), start=1):
             if not row:
-                raise DataError(f"text {number} ({text!r:.80}) has no token in the model's vocabulary; leave it out")
+                raise TextError(number, f"({text!r:.80}) has no token in the model's vocabulary; leave it out")
             if self.positions is not None and len(row) + self.how.new_tokens > self.positions:
-                raise DataError(
-                    f"text {number} ({text!r:.80}) has {len(row):,} tokens and new_tokens is {self.how.new_tokens:,}, together more than "
-                    f"the model's {self.positions:,} positions; shorten the text, or lower new_tokens"
+                raise TextError(
+                    number,
+                    f"({text!r:.80}) has {len(row):,} tokens and new_tokens is {self.how.new_tokens:,}, together more than "
+                    f"the model's {self.positions:,} positions; shorten the text, or lower new_tokens",
                 )
         return [torch.tensor(row) for row in rows], [False] * len(texts)
 

@@ -16,7 +16,7 @@ from trainer.config import QuestionData
 from trainer.data.questions import Question
 from trainer.data.tokens import LARGEST_LIMIT
 from trainer.data.windows import Windows, make_windows
-from trainer.errors import DataError
+from trainer.errors import TextError
 from trainer.predict.answer import Answer, PredictOptions
 from trainer.spans import best_spans
 
@@ -93,16 +93,17 @@ def asked(text: str, context: str | None, number: int) -> Question:
         try:
             row = json.loads(text)
         except ValueError as error:
-            raise DataError(f"text {number} ({text:.60}) is no JSON object ({error}); correct it") from None
+            raise TextError(number, f"({text:.60}) is no JSON object ({error}); correct it") from None
         question, context = row.get("question"), row.get("context", context)
     if not isinstance(question, str) or not question.strip():
-        raise DataError(
-            f'text {number} ({text:.60}) has no question; give a question, or {{"question": ..., "context": ...}}'
+        raise TextError(
+            number, f'({text:.60}) has no question; give a question, or {{"question": ..., "context": ...}}'
         )
     if not isinstance(context, str) or not context.strip():
-        raise DataError(
-            f"text {number} ({question:.60}) has no context to answer from; give one with --context, or write the text as "
-            '{"question": ..., "context": ...}'
+        raise TextError(
+            number,
+            f"({question:.60}) has no context to answer from; give one with --context, or write the text as "
+            '{"question": ..., "context": ...}',
         )
     return Question(question, context)
 
