@@ -22,11 +22,13 @@ def read_tokens(file: Path, setting: str = "model.added_tokens") -> list[str]:
     tokens = [line for line in lines if line.strip()]
     if not tokens:
         raise ConfigError(f"{setting} ({file}): holds no token; write one a line, or leave the setting out")
+    seen: set[str] = set()
     for number, line in enumerate(lines, start=1):
         if line.strip() and (line != line.strip() or " " in line):
             raise ConfigError(f"{setting} ({file}:{number}): {line!r:.60} has a space in it; a token is a single word")
-        if line.strip() and lines.index(line) != number - 1:
+        if line.strip() and line in seen:
             raise ConfigError(f"{setting} ({file}:{number}): {line!r:.60} stands there twice; leave one out")
+        seen.add(line)
     return tokens
 
 
