@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from trainer.data.assets import asset_path, put_asset
 from trainer.data.fetch import MANIFEST, Asset, fetch, put
+from trainer.data.made import made_once
 from trainer.errors import DataError
 
 WHEEL = "samestep_tiny_asset-1.0-py3-none-any.whl"
@@ -106,6 +107,18 @@ def test_minilm_is_a_pretrained_encoder_that_knows_similar_sentences() -> None:
 def test_an_unknown_asset_is_refused_with_a_suggestion() -> None:
     with pytest.raises(DataError, match=r"asset:minilmm does not exist; did you mean asset:minilm\?.*minilm, sst"):
         asset_path("minilmm")
+
+
+def test_an_asset_may_be_fetched_while_something_of_a_longer_name_is_made_of_it(
+    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMESTEP_CACHE", str(cache))
+
+    def make(file: Path) -> None:
+        file.write_text((fetch(tiny, cache) / "deep" / "note.txt").read_text())
+
+    assert made_once("tiny-tokens", make).read_text() == "kept"
+    assert _visible(cache) == ["tiny"]
 
 
 def test_a_fetched_asset_is_whole_and_used_again_without_pip(

@@ -62,6 +62,13 @@ def test_a_folder_that_lost_a_part_is_made_anew(cache: Path) -> None:
     assert is_whole(made_once("thing", make, is_whole=is_whole))
 
 
+def test_what_a_killed_call_left_is_cleared(cache: Path) -> None:
+    (cache / ".making-thing").mkdir(parents=True)
+    (cache / ".making-thing" / "thing").write_text("half")
+    assert made_once("thing", write).read_text() == "whole"
+    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".lock") == ["thing"]
+
+
 def test_a_cache_that_cannot_be_written_is_said(cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with pytest.raises(DataError, match=r"cannot be written: .*; set SAMESTEP_CACHE"):

@@ -1,7 +1,10 @@
-"""Files and folders that are made from what this machine has, once, and kept in the cache."""
+"""Files and folders that are made from what this machine has, once, and kept in the cache.
+
+Invariant: they are made where nothing else deletes: trainer/data/fetch.py, which `make` may call, clears all that begins with its asset's
+name, and one name may begin with another.
+"""
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +27,15 @@ def made_once(name: str, make: Callable[[Path], None], *, is_whole: Callable[[Pa
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f".{name}.lock"):
             if not is_whole(target):
-                with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as staging:
-                    fresh = Path(staging) / name
-                    make(fresh)
+                staging = cache / f".making-{name}"
+                shutil.rmtree(staging, ignore_errors=True)  # of a call that was killed: we hold the lock
+                staging.mkdir()
+                try:
+                    make(staging / name)
                     shutil.rmtree(target, ignore_errors=True)
-                    fresh.rename(target)
+                    (staging / name).rename(target)
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{error.filename or cache} cannot be written: {error.strerror}; set SAMESTEP_CACHE") from None
     return target
