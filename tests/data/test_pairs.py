@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests.tiny import tiny_bart, tiny_pairs, tiny_t5
 from trainer.config import PairData
-from trainer.data.docstrings import INSTRUCTION, docstring_file, stdlib_summaries
+from trainer.data.docstrings import INSTRUCTION, docstring_file, pairs_of_file, stdlib_summaries
 from trainer.data.pairs import Pair, build_pairs, encode_texts, read_pairs, split_pairs
 from trainer.errors import DataError
 
@@ -106,7 +106,18 @@ def docstring_file_of(cache: Path, rows: list[tuple[str, str]]) -> None:
     """The cached file as docstrings.py names it, with these rows."""
     import sys
 
-    file = cache / "stdlib-docstrings-{}.{}.{}.jsonl".format(*sys.version_info)
+def test_a_form_feed_is_no_end_of_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "some.py"
+    file.write_text(
+        'import os\n\x0c\ndef one():\n    """First."""\n    return 1\n\x0c\ndef two():\n    """Second."""\n    return 2\n'
+    )
+    assert list(pairs_of_file(file)) == [
+        (f"{INSTRUCTION}def one():\n    return 1", "First."),
+        (f"{INSTRUCTION}def two():\n    return 2", "Second."),
+    ]
+
+
+    file = cache / "stdlib-docstrings-2-{}.{}.{}.jsonl".format(*sys.version_info)
     write(file, [{"prompt": INSTRUCTION + source, "response": docstring} for source, docstring in rows])
     assert docstring_file() == file
 

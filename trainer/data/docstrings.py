@@ -27,7 +27,7 @@ def docstring_file() -> Path:
         lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in pairs]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    return made_once("stdlib-docstrings-{}.{}.{}.jsonl".format(*sys.version_info), write)
+    return made_once("stdlib-docstrings-2-{}.{}.{}.jsonl".format(*sys.version_info), write)
 
 
 def stdlib_summaries() -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ def pairs_of_file(file: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # the standard library ships broken files as test data
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts them: splitlines also cuts at form feeds
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
             docstring = ast.get_docstring(node)
