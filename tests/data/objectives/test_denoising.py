@@ -132,9 +132,14 @@ def test_over_a_million_tokens_noise_is_as_defined() -> None:
 # BART
 
 
-@pytest.mark.parametrize("held", [254, 100, 9, 1])
-def test_infilling_keeps_the_other_tokens_in_order_and_wants_the_whole_text(held: int) -> None:
-    objective = Infilling(vocabulary(), 256, 5, 0.3, 3.0, permute_sentences=False)
+@pytest.mark.parametrize("held", [254, 100, 9, 2, 1])
+@pytest.mark.parametrize(
+    ("fraction", "mean_span"), [(0.3, 3.0), (0.6, 1.0), (0.9, 1.2), (0.5, 1.0), (0.99, 1.0), (0.9, 20.0)]
+)
+def test_infilling_keeps_the_other_tokens_in_order_and_wants_the_whole_text(
+    fraction: float, mean_span: float, held: int
+) -> None:
+    objective = Infilling(vocabulary(), 256, 5, fraction, mean_span, permute_sentences=False)
     source = rows(200, 254, held)
     batch = objective.batch(source)
     for row in range(200):

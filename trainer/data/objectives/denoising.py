@@ -163,9 +163,11 @@ def random_parts(total: int, parts: int, words: Words) -> Ids:
 def lost_spans(rows: Rows, seed: int, fraction: float, mean_span: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(B, n + 1) before which token a mask stands, and which tokens it replaces. Spans do not touch each other.
 
-    A row of n tokens has n * fraction / mean_span of them, rounded, of Poisson length; never more than half of the row is lost.
+    A row of n tokens has n * fraction / mean_span of them, rounded, of Poisson length; never more than half of the row is lost, and there
+    are no more of them than that, so that what is kept has a gap for each.
     """
-    size, spans = rows.ids.shape[1], np.maximum(np.rint(rows.held * fraction / mean_span), 1).astype(np.int64)
+    size, wanted = rows.ids.shape[1], np.rint(rows.held * fraction / mean_span).astype(np.int64)
+    spans = np.maximum(np.minimum(wanted, rows.held // 2), 1)
     most = max(int(spans.max(initial=1)), 1)
     exists = np.arange(most) < spans[:, None]
     lengths = poisson(uniform(random_rows(rows.samples, most, seed, LENGTHS)), mean_span) * exists
