@@ -24,6 +24,8 @@ from trainer.task.protocol import Batch, Evaluation, Outputs
 VALIDATION_SEED = 2**40
 """Held-out rows are masked the same way whatever train.seed is."""
 OTHERS = 31  # key of the random words
+NEAREST = 256
+"""Samples before one, of which the other row of its pair is drawn."""
 SHOWN = 3
 """Held-out rows in samples.txt."""
 
@@ -173,9 +175,13 @@ class ObjectiveTask(clm.ClmTask):
 
 
 def earlier(samples: np.ndarray, seed: int) -> np.ndarray:
-    """For each sample one before it, which a run can always read whatever its sources' weights; of the first the second."""
+    """For each sample one of the NEAREST before it, which a run can always read whatever its sources' weights; of the first the second.
+
+    Of the nearest, for their shards are open: any earlier one would have a batch open a shard a row, and fetch it where it is remote.
+    """
     words = random_rows(samples, 1, seed, OTHERS)[:, 0]
-    return np.where(samples > 0, (words % np.maximum(samples, 1).astype(np.uint64)).astype(np.int64), 1)
+    back = 1 + (words % np.clip(samples, 1, NEAREST).astype(np.uint64)).astype(np.int64)
+    return np.where(samples > 0, samples - back, 1)
 
 
 def logits_of(outputs: Outputs) -> Tensor:
