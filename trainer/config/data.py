@@ -143,7 +143,7 @@ class StreamData(Section):
     sources: Annotated[tuple[str, ...], MayChange] = ("asset:stdlib",)
     """Folders or URLs of token datasets, all made with one tokenizer; `asset:stdlib` is the running Python's standard library."""
     weights: tuple[NonNegativeFloat, ...] | None = None
-    """Share of the rows from each source, in any unit. None: in proportion to their tokens."""
+    """Share of the rows from each source, in any unit. None: as many as each has, so that one epoch reads every row once."""
     later_weights: tuple[str, ...] = ()
     """Other weights from a sample on, as `SAMPLE:WEIGHT/WEIGHT`, such as `100000:1/3` for two sources."""
     validation: Annotated[str, MayChange] = "asset:stdlib-validation"

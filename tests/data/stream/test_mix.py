@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,20 @@ def test_weights_are_met_to_one_sample_at_every_blocks_end(weights: list[float],
     for count, weight in zip(mixture.counts(samples), weights, strict=True):
         assert abs(count - weight / sum(weights) * samples) <= 1 + samples * 1e-12  # of floats
     assert sum(mixture.counts(samples)) == samples
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2000), min_size=2, max_size=4).filter(any))
+def test_weights_that_add_up_to_the_period_are_met_at_its_end_and_not_passed_before(rows: list[int]) -> None:
+    period = sum(rows)
+    mixture = Mixture([Stage(0, tuple(map(float, rows)))], 7, period=period)
+    sources, numbers = mixture.span(0, 2 * period)
+    for source, held in enumerate(rows):
+        assert numbers[sources == source].tolist() == list(range(2 * held))
+        assert (np.flatnonzero(sources == source)[:held] < period).all()
+    for sample in range(0, 2 * period, 97):
+        assert mixture.at(sample) == (sources[sample], numbers[sample])
+        assert mixture.counts(sample) == tuple(np.bincount(sources[:sample], minlength=len(rows)).tolist())
 
 
 def test_stages_change_the_weights_from_a_sample_on() -> None:

@@ -10,7 +10,7 @@ from tests.tiny import tiny_llama, tiny_tokens
 from trainer.config import ModelConfig, RunConfig, StreamData, TrainConfig
 from trainer.data.stream.mix import Stage
 from trainer.data.stream.open import open_streams
-from trainer.data.stream.shards import DatasetWriter, Tokenizer
+from trainer.data.stream.shards import DatasetWriter, Tokenizer, read_manifest
 from trainer.errors import ConfigError, DataError
 
 
@@ -38,20 +38,47 @@ def config_of(root: Path, train: dict[str, Any] | None = None, **data: Any) -> R
     )
 
 
-def test_sources_count_by_their_tokens_unless_weights_say_otherwise(root: Path) -> None:
+def test_sources_count_by_their_rows_unless_weights_say_otherwise(root: Path) -> None:
     opened = open_streams(config_of(root))
-    tokens = [source.catalog.num_tokens for source in opened.train.sources]
-    counts = opened.train.mixture.counts(10_000)
-    assert counts[0] / 10_000 == pytest.approx(tokens[0] / sum(tokens), abs=1e-3)
+    rows = opened.train.rows
+    assert opened.train.mixture.counts(100 * sum(rows)) == tuple(100 * held for held in rows)
     weighted = open_streams(config_of(root, weights=(1, 3), later_weights=("5000:1/0",), max_epochs=9))
     assert weighted.train.stages == (Stage(0, (1.0, 3.0)), Stage(5000, (1.0, 0.0)))
     assert weighted.train.mixture.counts(10_000)[0] == pytest.approx(1250 + 5000, abs=20)  # 5,000 is inside a block
 
 
-def test_an_epoch_is_all_rows_of_all_sources(root: Path) -> None:
-    opened = open_streams(config_of(root, {"max_steps": None, "num_epochs": 1}))
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_an_epoch_is_all_rows_of_all_sources(packing: str, root: Path) -> None:
+    opened = open_streams(config_of(root, {"max_steps": None, "num_epochs": 1}, packing=packing))
     assert opened.steps_per_epoch == sum(opened.train.rows) // 8
     assert opened.validation_rows == sum(opened.validation.rows)
+    places = {opened.train.place(sample) for sample in range(sum(opened.train.rows))}
+    assert len(places) == sum(opened.train.rows)
+    assert {place.epoch for place in places} == {0}
+
+
+def test_the_message_says_how_often_a_source_would_be_read(root: Path) -> None:
+    for weights in (None, (1, 1)):
+        with pytest.raises(DataError, match=r"raise data\.max_epochs \(1\) to ") as refused:
+            open_streams(config_of(root, {"max_steps": None, "num_epochs": 2}, weights=weights))
+        most = float(str(refused.value).partition("(1) to ")[2].partition(",")[0])
+        open_streams(config_of(root, {"max_steps": None, "num_epochs": 2}, weights=weights, max_epochs=most))
+        with pytest.raises(DataError, match="would read"):
+            open_streams(config_of(root, {"max_steps": None, "num_epochs": 2}, weights=weights, max_epochs=most - 0.01))
+
+
+def test_a_source_too_small_to_be_mixed_by_its_rows_is_named(root: Path, tmp_path: Path) -> None:
+    tokenizer = read_manifest(root / "tokens-0").tokenizer
+    for name, tokens in (("large", 160_001), ("tiny", 17)):
+        writer = DatasetWriter(tmp_path / name, tokenizer)
+        writer.add(np.arange(tokens) % 60)
+        writer.finish()
+    sources = (str(root / "tokens-0"), str(tmp_path / "large"), str(tmp_path / "tiny"))
+    (tmp_path / "large" / "tokenizer.json").write_bytes((root / "tokens-0" / "tokenizer.json").read_bytes())
+    settings = {"sources": sources, "packing": "concat", "sequence_length": 16}
+    with pytest.raises(DataError, match=r"tiny has 1 of the 10,\d+ rows .*; leave it out, or set data\.weights"):
+        open_streams(config_of(root, **settings))
+    open_streams(config_of(root, **(settings | {"sources": sources[:2]})))
 
 
 @pytest.mark.parametrize(

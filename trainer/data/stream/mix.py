@@ -4,6 +4,9 @@ The sequence is cut into blocks. At every block's end the realised number of a s
 to whole samples and so within one of it; inside a block the labels are permuted. Nothing is replayed to seek: the count of a source
 before a block is its cumulative target. Cumulative shares are rounded, not remainders ranked: ranking, done for every end alone, could
 give a source less at one end than at the end before.
+
+A period's last block ends with it, where the counts are exact if the weights are numbers that add up to it: the rows of each source, read
+once.
 """
 
 import math
@@ -22,6 +25,8 @@ from trainer.errors import ConfigError
 BLOCK = 1024
 """Samples of a block, at least; weights are met to one sample at its end. Twice 1 / the smallest share, so that no target falls."""
 SMALLEST_SHARE = 1e-4
+ENDLESS = 2**62
+"""Samples of a period that no run ends."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,13 @@ class Stage:
 class Mixture:
     """Stages of weights over some sources. Local to the process; equal on all ranks."""
 
-    def __init__(self, stages: Sequence[Stage], seed: int) -> None:
-        """stages: the first starts at 0. ConfigError for weights that are negative, all zero or of another number."""
+    def __init__(self, stages: Sequence[Stage], seed: int, *, period: int = ENDLESS) -> None:
+        """stages: the first starts at 0. period: samples. ConfigError for weights that are negative, all zero or of another number."""
         check_stages(stages)
         self.stages, self.seed = tuple(stages), seed
         self.shares = tuple(normalised(stage.weights) for stage in stages)
         self.block = max(BLOCK, *(math.ceil(2 / share) for shares in self.shares for share in shares if share))
+        self.period, self.blocks_of_period = period, -(-period // self.block)
         self.taken_before = self._taken_before_stages()
 
     def at(self, sample: int) -> tuple[int, int]:
@@ -51,10 +57,10 @@ class Mixture:
             return 0, sample
         stage = max(i for i, found in enumerate(self.stages) if found.start <= sample)
         inside = sample - self.stages[stage].start
-        number, position = divmod(inside, self.block)
+        number, position = self._block_at(inside)
         labels, ranks = self._block(stage, number)
         source = int(labels[position])
-        before = self.taken_before[stage][source] + targets(self.shares[stage], number * self.block)[source]
+        before = self.taken_before[stage][source] + targets(self.shares[stage], self._start(number))[source]
         return source, before + int(ranks[position])
 
     def span(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -67,10 +73,11 @@ class Mixture:
             sample = first + done
             stage = max(i for i, found in enumerate(self.stages) if found.start <= sample)
             next_start = self.stages[stage + 1].start if stage + 1 < len(self.stages) else first + count
-            block, position = divmod(sample - self.stages[stage].start, self.block)
-            length = min(count - done, self.block - position, next_start - sample)
+            block, position = self._block_at(sample - self.stages[stage].start)
+            size = self._start(block + 1) - self._start(block)
+            length = min(count - done, size - position, next_start - sample)
             labels, ranks = (part[position : position + length] for part in self._block(stage, block))
-            before = np.add(self.taken_before[stage], targets(self.shares[stage], block * self.block))
+            before = np.add(self.taken_before[stage], targets(self.shares[stage], self._start(block)))
             sources[done : done + length], numbers[done : done + length] = labels, before[labels] + ranks
             done += length
         return sources, numbers
@@ -80,10 +87,21 @@ class Mixture:
         if samples == 0:
             return (0,) * len(self.shares[0])
         stage = max(i for i, found in enumerate(self.stages) if found.start < samples)
-        number, position = divmod(samples - self.stages[stage].start, self.block)
-        base = targets(self.shares[stage], number * self.block)
+        number, position = self._block_at(samples - self.stages[stage].start)
+        base = targets(self.shares[stage], self._start(number))
         inside = np.bincount(self._block(stage, number)[0][:position], minlength=len(base)).tolist()
         return tuple(self.taken_before[stage][source] + base[source] + inside[source] for source in range(len(base)))
+
+    def _block_at(self, inside: int) -> tuple[int, int]:
+        """(number of the block, place in it) of a stage's sample."""
+        period, rest = divmod(inside, self.period)
+        block, position = divmod(rest, self.block)
+        return period * self.blocks_of_period + block, position
+
+    def _start(self, number: int) -> int:
+        """First sample of a stage's block."""
+        period, block = divmod(number, self.blocks_of_period)
+        return period * self.period + block * self.block
 
     def _taken_before_stages(self) -> tuple[tuple[int, ...], ...]:
         taken: list[tuple[int, ...]] = [(0,) * len(self.shares[0])]
@@ -96,7 +114,7 @@ class Mixture:
     @lru_cache(maxsize=8)  # noqa: B019  (a mixture lives as long as its run)
     def _block(self, stage: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source of each position of a block, and the position's rank among those of its source."""
-        first, last = (targets(self.shares[stage], edge * self.block) for edge in (number, number + 1))
+        first, last = (targets(self.shares[stage], self._start(edge)) for edge in (number, number + 1))
         taken = np.subtract(last, first)
         size = int(taken.sum())
         order = permuted_many(np.arange(size), size, key_of(self.seed, stage, number))

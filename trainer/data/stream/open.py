@@ -101,7 +101,7 @@ def plan_folder(data: StreamData) -> Path:
 
 
 def stages_of(data: StreamData) -> list[Stage] | None:
-    """Weights by sample; None where sources count by their tokens. ConfigError for what cannot be read."""
+    """Weights by sample; None where sources count by their rows. ConfigError for what cannot be read."""
     if not data.later_weights:
         return None if data.weights is None else [Stage(0, data.weights)]
     if data.weights is None:
@@ -119,7 +119,7 @@ def stages_of(data: StreamData) -> list[Stage] | None:
 
 
 def check_capacity(train: Stream, data: StreamData, config: RunConfig) -> None:
-    """DataError where the run would read a source more often than `data.max_epochs`, before anything is trained."""
+    """DataError where the run would read a source more often than `data.max_epochs`, before anything is trained; of the one read most."""
     steps = config.train.max_steps
     rows, size = train.rows, config.train.global_batch_size
     if not sum(rows):
@@ -127,12 +127,18 @@ def check_capacity(train: Stream, data: StreamData, config: RunConfig) -> None:
     if steps is None:
         assert config.train.num_epochs is not None
         steps = -(-int(config.train.num_epochs * 10**6) * max(sum(rows) // size, 1) // 10**6)
-    for source, taken, held in zip(data.sources, train.mixture.counts(steps * size), rows, strict=True):
-        if taken > data.max_epochs * held:
+    read = list(zip(train.mixture.counts(steps * size), rows, data.sources, strict=True))
+    for taken, held, source in read:
+        if taken and not held:
             raise DataError(
-                f"{steps:,} steps of {size} rows would read {source} {taken / max(held, 1):.2f} times, {taken:,} of its {held:,} "
-                f"rows; raise data.max_epochs ({data.max_epochs:g}), lower its weight, or train fewer steps"
+                f"{source} has not one row of {data.sequence_length} tokens; leave it out, or lower data.sequence_length"
             )
+    taken, held, source = max(read, key=lambda one: one[0] / max(one[1], 1))
+    if taken > data.max_epochs * held:
+        raise DataError(
+            f"{steps:,} steps of {size} rows would read {source} {taken / held:.2f} times, {taken:,} of its {held:,} rows; raise "
+            f"data.max_epochs ({data.max_epochs:g}) to {-(-100 * taken // held) / 100:g}, lower its weight, or train fewer steps"
+        )
 
 
 def tokenizer_file(stream: Stream) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.batches import IGNORED
-from trainer.data.stream.mix import Mixture, Stage
+from trainer.data.stream.mix import ENDLESS, SMALLEST_SHARE, Mixture, Stage
 from trainer.data.stream.order import key_of
 from trainer.data.stream.packing import ALGORITHM_VERSION
 from trainer.data.stream.remote import RemoteDataset
@@ -45,7 +45,7 @@ class Stream:
         stages: Sequence[Stage] | None = None,
         plan_folder: Path | None = None,
     ) -> None:
-        """stages: weights of the sources; None: in proportion to their tokens. DataError where tokenizers differ."""
+        """stages: weights of the sources; None: by their rows, so that all end together. DataError where tokenizers differ."""
         self.settings = settings
         self.sources = [Source(dataset, settings, number, plan_folder) for number, dataset in enumerate(datasets)]
         self.tokenizer = self.sources[0].catalog.tokenizer
@@ -54,9 +54,10 @@ class Stream:
                 raise DataError(
                     f"{source.folder} was tokenized with another tokenizer than {self.sources[0].folder}; tokenize both with the same"
                 )
-        tokens = tuple(float(source.catalog.num_tokens) for source in self.sources)
-        self.stages = tuple(stages or [Stage(0, tokens)])
-        self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32))
+        by_rows = not stages and len(self.sources) > 1
+        self.stages = tuple(stages or [Stage(0, self._weights_by_rows() if by_rows else (1.0,))])
+        period = max(sum(self.rows), 1) if by_rows else ENDLESS
+        self.mixture = Mixture(self.stages, key_of(settings.seed, 2**32), period=period)
         self._segments: dict[int, Segment] = {}
         self._dtype = np.dtype(max(source.catalog.dtype for source in self.sources)).newbyteorder("<")
         ramp = np.arange(settings.sequence_length, dtype=np.int64).view(np.uint8).data
@@ -66,6 +67,17 @@ class Stream:
     def rows(self) -> tuple[int, ...]:
         """Of each source."""
         return tuple(source.num_rows for source in self.sources)
+
+    def _weights_by_rows(self) -> tuple[float, ...]:
+        """Of each source. DataError for one that is too small beside the others."""
+        total = sum(self.rows)
+        for source, rows in zip(self.sources, self.rows, strict=True):
+            if 0 < rows < SMALLEST_SHARE * total:
+                raise DataError(
+                    f"{source.name} has {rows:,} of the {total:,} rows of data.sources, a share below {SMALLEST_SHARE:g} that is not mixed "
+                    "evenly; leave it out, or set data.weights"
+                )
+        return tuple(map(float, self.rows)) if total else (1.0,) * len(self.sources)
 
     def place(self, sample: int) -> Place:
         """Where a global sample comes from. DataError where a source would be read too often."""
@@ -170,6 +182,7 @@ class Stream:
             [source.catalog.dataset_id for source in self.sources],
             asdict(self.settings) | {"max_epochs": None},
             self.stages,
+            self.mixture.period,
             ALGORITHM_VERSION,
         )
         return hash_bytes(repr(facts).encode())
