@@ -216,6 +216,19 @@ def test_a_cached_shard_that_a_power_cut_left_short_is_fetched_again(dataset: Pa
     assert np.array_equal(read_all(Stream([found], SETTINGS)), whole)
 
 
+def test_a_whole_copy_that_another_process_fetched_meanwhile_is_not_discarded(dataset: Path, tmp_path: Path) -> None:
+    found = open_remote(tmp_path)
+    read_all(Stream([found], SETTINGS))
+    path = found.folder / found.manifest.shards[2].file
+    content = path.read_bytes()
+    found.discard(2)
+    assert path.read_bytes() == content
+    for damaged in (content[:-1], content + bytes(2**20)):
+        path.write_bytes(damaged)
+        found.discard(2)
+        assert not path.exists()
+
+
 def test_what_is_given_up_is_closed(dataset: Path, tmp_path: Path) -> None:
     """An open file takes its room on the disk as long as it is open."""
     found = open_remote(tmp_path, limit_bytes=3.5 * max(2 * shard.tokens for shard in read_manifest(dataset).shards))

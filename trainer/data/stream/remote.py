@@ -162,8 +162,16 @@ class RemoteDataset:
             return True
 
     def discard(self, number: int) -> None:
-        """Delete the copy of a shard that is not what was fetched."""
-        (self.folder / self.manifest.shards[number].file).unlink(missing_ok=True)
+        """Delete the copy of a shard whose size is not what was fetched; not one that another process fetched anew meanwhile."""
+        shard = self.manifest.shards[number]
+        path = self.folder / shard.file
+        try:
+            with self.locked(shard.file, self.part(shard)):
+                size = size_on_disk(path)
+                if size < size_of(shard, self.manifest) or -(-size // BLOCK) != len(shard.blocks):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self.unwritable(path, error) from None
 
     def part(self, shard: Shard) -> Path:
         """Where a download grows."""
@@ -275,5 +283,5 @@ def size_on_disk(path: Path) -> int:
 
 
 def size_of(shard: Shard, manifest: DatasetManifest) -> int:
-    """Bytes of its token file, about: what lies behind the tokens does not count."""
+    """Bytes of its token file at least: what lies behind the tokens does not count."""
     return shard.data_offset + shard.tokens * (2 if manifest.dtype == "uint16" else 4)
