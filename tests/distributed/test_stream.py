@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,32 @@ def test_damage_that_one_rank_finds_is_an_error_on_all(root: Path, tmp_path: Pat
     seen = run_ranks(train_on_own_copy, "ddp", 2, args=(make_config(root, tmp_path / "run"), {1: str(copy)}))
     for facts in seen:
         assert re.search(r"copy/shard-\d+\.bin: bytes from 0 on were changed .*\(found by rank 1\)", facts["error"])
+
+
+def train_on_own_validation(config: RunConfig, copies: dict[int, str]) -> dict[str, Any]:
+    """The same for the held-out rows, and how long it took."""
+    own, began = copies.get(int(os.environ["RANK"])), time.monotonic()
+    changed = {} if own is None else {"validation": own}
+    facts = train(config.model_copy(update={"data": config.data.model_copy(update=changed)}))
+    return facts | {"seconds": time.monotonic() - began}
+
+
+def test_damage_of_held_out_rows_that_one_rank_finds_is_an_error_on_all(root: Path, tmp_path: Path) -> None:
+    config, copy = make_config(root, tmp_path / "run"), tmp_path / "copy"
+    shutil.copytree(root / "tokens-2", copy)
+    for path in copy.glob("*.bin"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    words = r"copy/shard-\d+\.bin: bytes from 0 on were changed .*\(found by rank 1\)"
+    for facts in run_ranks(train_on_own_validation, "ddp", 2, args=(config, {1: str(copy)})):
+        assert re.search(words, facts["error"])
+        assert facts["error"].startswith("DataError")
+        assert 0 < facts["seconds"] < 30
+    finished = start(config, "ddp", 2)  # at the checkpoint before the evaluation
+    assert finished is not None
+    assert [facts["error"] for facts in finished] == [None, None]
+    (config.folder / "outcome.json").unlink()
+    for facts in run_ranks(train_on_own_validation, "ddp", 2, args=(config, {1: str(copy)})):  # in the report alone
+        assert re.search(words, facts["error"])
 
 
 def test_rows_say_which_tokens_count(root: Path) -> None:

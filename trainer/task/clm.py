@@ -19,7 +19,7 @@ from trainer.config import LiveData, RunConfig, StreamData
 from trainer.data.batches import IGNORED, rank_share
 from trainer.data.objectives.vocabulary import is_byte_level
 from trainer.data.stream.open import Streams, open_streams
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.loss import token_losses
 from trainer.model.architecture import load_architecture
 from trainer.model.vocabulary import check_next_tokens
@@ -42,12 +42,8 @@ class LanguageTask(ABC):
     def __init__(
         self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, steps_per_epoch: int
     ) -> None:
-        self.config, self.tokenizer, self.vocab_size, self.steps_per_epoch = (
-            config,
-            tokenizer,
-            vocab_size,
-            steps_per_epoch,
-        )
+        self.config, self.tokenizer = config, tokenizer
+        self.vocab_size, self.steps_per_epoch = vocab_size, steps_per_epoch
         self.token_bytes = torch.from_numpy(bytes_of_tokens(tokenizer, vocab_size))
 
     @property
@@ -113,13 +109,25 @@ class LanguageTask(ABC):
             for start in range(0, self.num_validation_rows, together):
                 ids = np.arange(start, min(start + together, self.num_validation_rows))
                 share = rank_share(ids, engine.rank, engine.world_size)
-                batch = engine.to_device(self.validation_batch(share))
+                batch = engine.to_device(self.validation_batch_of_all(share, engine))
                 rows = self.row_sums(forward(self.model_inputs(batch)), batch).cpu()
                 if sums is None:
                     sums = torch.zeros(self.num_validation_rows, rows.shape[1], dtype=torch.float64)
                 sums[torch.from_numpy(share)] = rows[: len(share)]
         assert sums is not None, "there are held-out rows"
         return Evaluation(self.metrics_of(engine.sum_array_over_ranks(sums)))
+
+    def validation_batch_of_all(self, ids: np.ndarray, engine: Engine) -> Batch:
+        """This rank's batch; a DataError of one rank is raised on all, before any of them waits in a forward pass. Collective."""
+        batch: Batch = {}
+        problem = ""
+        try:
+            batch = self.validation_batch(ids)
+        except DataError as error:
+            problem = f"{error} (found by rank {engine.rank})" if engine.world_size > 1 else str(error)
+        if engine.sum_over_ranks([float(bool(problem))])[0]:
+            raise DataError(next(filter(None, engine.texts_of_ranks(problem))))
+        return batch
 
     def row_sums(self, outputs: Outputs, batch: Batch) -> Tensor:
         """(B, K) fp64 what an evaluation adds up of each row: here loss, targets and their bytes."""
