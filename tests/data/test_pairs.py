@@ -52,6 +52,10 @@ def test_every_format_gives_the_same_pairs(suffix: str, tmp_path: Path) -> None:
         ({"text": "x"}, "column target is empty, and must hold text"),
         ({"text": 3, "target": "x"}, "column text must hold text, not 3"),
         ({"text": "x", "target": ["y"]}, "column target must hold text, not ['y']"),
+        (
+            {"text": "x", "target": "a \ud83d"},
+            "column target holds half of a surrogate pair, which is no character: 'a \\ud83d'",
+        ),
         ("not json", "not JSON: Expecting value at column 1"),
         ("[1]", "a JSON list where an object must be"),
     ],
@@ -102,10 +106,6 @@ def test_summaries_are_first_lines_that_say_something(tmp_path: Path, monkeypatc
     assert read_pairs(PairData())[0] == Pair("def a(x):\n    return 2 * x", "Double x.")
 
 
-def docstring_file_of(cache: Path, rows: list[tuple[str, str]]) -> None:
-    """The cached file as docstrings.py names it, with these rows."""
-    import sys
-
 def test_a_form_feed_is_no_end_of_a_line(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     file.write_text(
@@ -116,6 +116,10 @@ def test_a_form_feed_is_no_end_of_a_line(tmp_path: Path) -> None:
         (f"{INSTRUCTION}def two():\n    return 2", "Second."),
     ]
 
+
+def docstring_file_of(cache: Path, rows: list[tuple[str, str]]) -> None:
+    """The cached file as docstrings.py names it, with these rows."""
+    import sys
 
     file = cache / "stdlib-docstrings-2-{}.{}.{}.jsonl".format(*sys.version_info)
     write(file, [{"prompt": INSTRUCTION + source, "response": docstring} for source, docstring in rows])

@@ -108,6 +108,8 @@ def test_no_context_is_on_both_sides_and_the_cap_leaves_the_split_alone(tmp_path
         ({"question": " "}, "question must hold text, not ' '"),
         ({"question": None}, "question must hold text, not None"),
         ({"context": 3}, "context must hold text, not 3"),
+        ({"question": "\ud83d?"}, "question holds half of a surrogate pair, which is no character: '\\ud83d?'"),
+        ({"context": "a good \ude00"}, "context holds half of a surrogate pair"),
         (
             {"answers": None},
             'answers must be {"text": [...], "answer_start": [...]}, two lists of one length, not None',

@@ -22,6 +22,11 @@ BAD = [
     ({"text": "x", "label": "c"}, "unknown label", "'c'"),
     ({"text": "x", "label": "aa"}, "unknown label", "'aa', did you mean 'a'?"),
     ({"text": 3, "label": "a"}, "wrong type", "the text is a int: 3"),
+    (
+        {"text": "x \ud83d", "label": "a"},
+        "broken text",
+        "the text holds half of a surrogate pair, which is no character: 'x \\ud83d'",
+    ),
     ({"text": ["x"], "label": "a"}, "wrong type", "the text is a list: ['x']"),
     ({"text": "x", "label": ["a"]}, "wrong type", "a label must be a word or an integer, not ['a']"),
     ({"text": "x", "label": 0.5}, "wrong type", "a label must be a word or an integer, not 0.5"),
@@ -53,16 +58,17 @@ def test_a_bad_row_is_named_with_kind_file_and_line(row: Any, kind: str, detail:
 def test_bad_rows_are_counted_by_kind_and_the_first_of_each_are_shown(tmp_path: Path) -> None:
     table = table_of(tmp_path / "x.jsonl", [row for row, _, _ in BAD] * 50 + GOOD)
     samples, bad, problem = read(table, labels=("a", "b"))
-    assert len(bad) == 650 and len(samples) == 20 and problem is not None
+    assert len(bad) == 700 and len(samples) == 20 and problem is not None
     for count in (
         "missing label: 200",
         "empty text: 100",
         "unknown label: 100",
         "wrong type: 200",
+        "broken text: 50",
         "malformed row: 50",
     ):
         assert count in problem
-    assert len(problem.split("\n")) <= 13
+    assert len(problem.split("\n")) <= 15
     assert "the labels are a, b: data.labels sets them" in problem
 
 

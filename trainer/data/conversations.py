@@ -5,14 +5,13 @@ in an order that a chat can have, and no empty answer; anything else is an error
 """
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.config import InstructData
 from trainer.data.docstrings import docstring_file
 from trainer.data.sources import check_path, hub_table, is_hub_id, load_hub
-from trainer.data.tables import Table, columns_of, read_file
+from trainer.data.tables import Table, columns_of, read_file, surrogate_problem
 from trainer.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,8 +32,6 @@ SHAREGPT_ROLES = {
 }
 CALLS = ("tool_calls", "function_call")
 """Where a turn of messages says what it asks tools for, beside its content."""
-SURROGATES = re.compile("[\ud800-\udfff]")
-"""Halves of pairs: JSON can hold one alone, text can not."""
 MOST_SHOWN, SHOWN = 5, 100
 """Mistakes of a source that are listed, and characters of each that are shown."""
 
@@ -134,10 +131,8 @@ def check_turns(turns: Sequence[Turn]) -> None:
     for number, (turn, following) in enumerate(itertools.zip_longest(turns, turns[1:])):
         if number == 0 and turn.role not in ("system", "user"):
             raise DataError(f"turn 1 is of {turn.role}, and must be of system or user")
-        if SURROGATES.search(turn.text):
-            raise DataError(
-                f"turn {number + 1} holds half of a surrogate pair, which is no character: {turn.text!r:.60}"
-            )
+        if problem := surrogate_problem(turn.text):
+            raise DataError(f"turn {number + 1} {problem}")
         if turn.role == "assistant" and not turn.content.strip():
             raise DataError(f"turn {number + 1}, an answer, is empty, so a model would learn to say nothing")
         if following is not None and following.role not in after[turn.role]:

@@ -16,7 +16,7 @@ from trainer.data.batches import IGNORED, permutation
 from trainer.data.docstrings import stdlib_summaries
 from trainer.data.samples import Samples
 from trainer.data.sources import check_path, hub_table, is_hub_id, load_hub
-from trainer.data.tables import Table, check_columns, read_file
+from trainer.data.tables import Table, check_columns, read_file, surrogate_problem
 from trainer.data.tokens import Split, Tokenized, tokenize
 from trainer.errors import DataError
 
@@ -122,7 +122,10 @@ def problem_of(column: str, value: object) -> str:
     """What is wrong with a cell; nothing if it holds text."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return f"column {column} is empty, and must hold text"
-    return "" if isinstance(value, str) else f"column {column} must hold text, not {value!r:.60}"
+    if not isinstance(value, str):
+        return f"column {column} must hold text, not {value!r:.60}"
+    problem = surrogate_problem(value)
+    return problem and f"column {column} {problem}"
 
 
 def split_pairs(pairs: Sequence[Pair], data: PairData) -> tuple[list[Pair], list[Pair]]:

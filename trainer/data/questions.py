@@ -17,7 +17,7 @@ from trainer.config import QuestionData
 from trainer.data.batches import permutation
 from trainer.data.sources import check_path, hub_table, is_hub_id, load_hub
 from trainer.data.stdlib_questions import question_file
-from trainer.data.tables import Table, columns_of, read_file
+from trainer.data.tables import Table, columns_of, read_file, surrogate_problem
 from trainer.errors import DataError
 
 COLUMNS = ("question", "context", "answers")
@@ -222,6 +222,8 @@ def mistakes(row: Mapping[str, object]) -> list[str]:
         for name in ("question", "context")
         if not isinstance(row[name], str) or not str(row[name]).strip()
     ]
+    texts = {name: text for name in ("question", "context") if isinstance(text := row[name], str)}
+    found += [f"{name} {problem}" for name, text in texts.items() if (problem := surrogate_problem(text))]
     try:
         answers = answers_of(row["answers"])
     except ValueError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.config import ClassificationData
 from trainer.data.labels import label_name, label_problem, label_values, names_in
-from trainer.data.tables import Table
+from trainer.data.tables import Table, surrogate_problem
 from trainer.errors import DataError
 
 __all__ = [
@@ -169,6 +169,8 @@ def _text_problem(texts: Sequence[object]) -> tuple[str, str]:
             return "empty text", ""
         if not isinstance(value, str):
             return "wrong type", f"the text is a {type(value).__name__}: {value!r:.60}"
+        if problem := surrogate_problem(value):
+            return "broken text", f"the text {problem}"
     return "", ""
 
 

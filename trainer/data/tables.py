@@ -8,6 +8,7 @@ caller counts.
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ MOST_LISTED = 20
 """Columns named in a message; a wide table has hundreds."""
 SHOWN = 100
 """Characters of a line that is wrong."""
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Halves of pairs: JSON can hold one alone, text can not."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ def check_columns(name: str, present: Sequence[str], columns: Mapping[str, str],
         more = f" and {len(present) - MOST_LISTED} more" if len(present) > MOST_LISTED else ""
         hint = hint if not set(columns.values()) & set(present) else ""
         raise DataError("; ".join([*problems, f"its columns are {listed}{more}{hint}"]))
+
+
+def surrogate_problem(text: str) -> str:
+    """What is wrong with a text that no tokenizer takes; "" if nothing is. The caller names the text and its place."""
+    found = None if text.isascii() else SURROGATES.search(text)
+    if found is None:
+        return ""
+    shown = text[max(found.start() - 20, 0) : found.end() + 20]
+    return f"holds half of a surrogate pair, which is no character: {shown!r}"
 
 
 def _quoted(column: str) -> str:

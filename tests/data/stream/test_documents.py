@@ -43,6 +43,12 @@ def test_json_that_is_no_line_each_is_an_error_with_its_rule(tmp_path: Path) -> 
         texts(tmp_path / "a.json")
 
 
+def test_half_of_a_surrogate_pair_is_an_error_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "b \\ud83d"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: text holds half of a surrogate pair.*'b \\ud83d'"):
+        texts(tmp_path / "a.jsonl")
+
+
 def rows_of(*words: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": list(words)})
 
@@ -118,6 +124,21 @@ def test_live_text_that_breaks_names_the_source() -> None:
     rows.take(1)
     with pytest.raises(DataError, match=r"data\.source \(owner/name\) cannot be read on after 2 documents .*was lost"):
         rows.take(1)
+
+
+@pytest.mark.parametrize(("bad", "words"), [(3, "is int, not text"), ("\ud83d", "holds half of a surrogate pair")])
+def test_live_text_that_is_none_names_the_document(bad: Any, words: str) -> None:
+    given = [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": bad}]
+    rows = live.LiveRows(given, Letters(), LiveData(source="owner/name", sequence_length=5))
+    assert rows.take(1)["input_ids"].tolist() == [[ord("a"), 0, 0, ord("b"), 0]]
+    with pytest.raises(DataError, match=rf"data\.source \(owner/name\), document 4 of this rank: text {words}"):
+        rows.take(1)
+
+
+def test_live_text_may_begin_with_an_empty_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "two"}\n')
+    stream = live.open_dataset(LiveData(source=str(tmp_path / "a.jsonl")))
+    assert [row["text"] for row in stream] == [None, "two"]
 
 
 class Letters:

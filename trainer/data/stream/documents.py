@@ -15,6 +15,7 @@ from typing import Any
 
 from trainer.data.assets import stdlib_files
 from trainer.data.sources import HUB_ID
+from trainer.data.tables import surrogate_problem
 from trainer.errors import DataError
 
 FORMATS = {f"{kind}{packed}": "json" for kind in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")} | {
@@ -233,4 +234,6 @@ def text_of(row: dict[str, Any], column: str, place: str) -> str:
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise DataError(f"{place}: {column} is {type(text).__name__}, not text")
+    if text and (problem := surrogate_problem(text)):
+        raise DataError(f"{place}: {column} {problem}; correct it, or leave the document out")
     return text or ""

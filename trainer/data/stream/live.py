@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.config import LiveData
 from trainer.data.batches import IGNORED
-from trainer.data.stream.documents import format_of, list_files, reason
+from trainer.data.stream.documents import format_of, list_files, reason, text_of
 from trainer.errors import DataError
 
 Rows = dict[str, NDArray[np.int64]]
@@ -32,7 +32,7 @@ def open_dataset(data: LiveData) -> Any:
         raise DataError(f"data.source ({data.source}) cannot be streamed: {reason(error)}") from None
     if first is None:
         raise DataError(f"data.source ({data.source}) holds no document")
-    if not isinstance(first.get(data.column), str):
+    if data.column not in first or not isinstance(first[data.column], str | None):
         raise DataError(
             f"data.column ({data.column}) is no text column of {data.source}, which has {', '.join(first)}; name one"
         )
@@ -96,7 +96,7 @@ class LiveRows:
         self.starts = [start - length for start in self.starts if start >= length]
 
     def read_document(self) -> None:
-        """Append the next document's tokens. DataError after `data.max_epochs` passes."""
+        """Append the next document's tokens. DataError for one that is no text, and after `data.max_epochs` passes."""
         try:
             example = next(self.examples, None)
         except Exception as error:  # of any builder or network library behind datasets
@@ -114,7 +114,9 @@ class LiveRows:
             self.examples = iter(self.dataset)
             return
         self.num_documents += 1
-        ids = self.tokenizer(example[self.data.column], add_special_tokens=False)["input_ids"]
+        place = f"data.source ({self.data.source}), document {self.num_documents:,} of this rank"
+        text = text_of(example, self.data.column, place)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.starts.append(len(self.tokens))
         self.tokens += [*ids, self.tokenizer.eos_token_id]
 
