@@ -1,6 +1,7 @@
 """Words with tags: read from every format, checked, split by document, aligned with tokens; and the names of the standard library."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer.data.assets import asset_path
 from trainer.data.batches import IGNORED
 from trainer.data.names import DOCUMENT, lines_of, names_file
 from trainer.data.tagged import tokenize_tagged
-from trainer.data.tags import Sentence, read_tags
+from trainer.data.tags import Sentence, read_tags, rows_of
 from trainer.errors import DataError
 
 GOOD = [("Ada", "B-PERSON"), ("Lovelace", "I-PERSON"), ("saw", "O"), ("London", "B-PLACE")]
@@ -109,6 +110,9 @@ def test_all_mistakes_are_counted_and_the_first_shown(tmp_path: Path) -> None:
         ({"tokens": "a b", "ner_tags": ["O"]}, "must be lists of one length, not str and 1"),
         ({"tokens": ["a"], "ner_tags": [3]}, "tags must be names such as B-PERSON, not class ids"),
     ],
+        ({"tokens": ["a", None], "ner_tags": ["O", "O"]}, r"data\.jsonl:1: words must be text, not None"),
+        ({"tokens": ["a", "\ud83d"], "ner_tags": ["O", "O"]}, r"data\.jsonl:1: a word holds half of a surrogate pair"),
+        ({"tokens": ["a", 7], "ner_tags": ["O", "O"]}, "words must be text, not 7"),
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
@@ -117,6 +121,15 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path, row: dict[str, Any], m
 
 
 def test_a_type_outside_the_labels_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tag", [-1, -100, 3, None, "O", 1.0])
+def test_a_class_id_without_a_name_is_refused_with_its_place(tag: Any) -> None:
+    names = ("O", "B-X", "I-X")
+    (good,) = rows_of([["a", "b"]], [[0, 1]], ["hub row 1"], setting="data.source", names=names)
+    assert good.tags == ("O", "B-X")
+    with pytest.raises(DataError, match=rf"hub row 2: tags must be class ids, 0 to 2, not {re.escape(repr(tag))}"):
+        rows_of([["a"], ["a", "b"]], [[1], [0, tag]], ["hub row 1", "hub row 2"], setting="data.source", names=names)
+
+
     file = conll(tmp_path / "data.conll", [GOOD] * 10)
     with pytest.raises(
         DataError, match=r"data.conll:4: B-PLACE is of no known type; the types are PERSON: data.labels"

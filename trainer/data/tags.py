@@ -13,7 +13,7 @@ from trainer.config import TagData
 from trainer.data.batches import permutation
 from trainer.data.names import DOCUMENT, names_file
 from trainer.data.sources import check_path, is_hub_id, load_hub
-from trainer.data.tables import read_file
+from trainer.data.tables import read_file, surrogate_problem
 from trainer.errors import DataError
 
 CONLL = (".conll", ".bio", ".iob", ".txt")
@@ -166,14 +166,29 @@ def rows_of(
             )
             problems.append(f"{place}: words and tags must be lists of one length, not {sizes}; correct them")
             continue
-        if names is None and not all(isinstance(tag, str) for tag in other):
-            problems.append(f"{place}: tags must be names such as B-PERSON, not class ids; write the names")
+        if problem := row_problem(one, other, names):
+            problems.append(f"{place}: {problem}")
             continue
-        named = [names[tag] if names is not None else str(tag) for tag in other]
-        sentences.append(Sentence(tuple(map(str, one)), tuple(named), number, (place,) * len(one)))
+        named = other if names is None else [names[tag] for tag in other]
+        sentences.append(Sentence(tuple(one), tuple(named), number, (place,) * len(one)))
     if problems:
         raise DataError(listed(setting, "its rows", problems))
     return sentences
+
+
+def row_problem(words: Sequence[object], tags: Sequence[object], names: Sequence[str] | None) -> str:
+    """What is wrong with the words and the tags of a row, which are names or, of `names`, class ids; "" if nothing is."""
+    for word in words:
+        if not isinstance(word, str):
+            return f"words must be text, not {word!r:.40}; write them as text"
+        if problem := surrogate_problem(word):
+            return f"a word {problem}; correct it"
+    for tag in tags:
+        if names is None and not isinstance(tag, str):
+            return "tags must be names such as B-PERSON, not class ids; write the names"
+        if names is not None and not (isinstance(tag, int) and 0 <= tag < len(names)):
+            return f"tags must be class ids, 0 to {len(names) - 1}, not {tag!r:.40}; correct them, or leave the row out"
+    return ""
 
 
 def read_hub(data: TagData, setting: str, name: str) -> list[Sentence]:
