@@ -122,6 +122,15 @@ def check_max_length(
         )
 
 
+def require_fast(tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+    """ConfigError for a tokenizer written in Python, which does not say where in a text its tokens stand. source: model.source."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.source ({source}): its tokenizer, {type(tokenizer).__name__}, has no fast form, and does not say where in a text its "
+            "tokens stand; use a model with a fast tokenizer (tokenizer.json)"
+        )
+
+
 def _chunks(samples: Samples) -> Iterator[Samples]:
     for start in range(0, len(samples), CHUNK):
         yield samples.take(np.arange(start, min(start + CHUNK, len(samples))))

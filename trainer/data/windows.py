@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.data.batches import IGNORED
 from trainer.data.questions import Question
-from trainer.errors import ConfigError
+from trainer.data.tokens import require_fast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ class Windows:
 def make_windows(
     questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", *, max_length: int, stride: int
 ) -> Windows:
-    """All windows of all questions, in their order. ConfigError for a tokenizer that does not say where its tokens are."""
+    """All windows of all questions, in their order. ConfigError for a tokenizer in Python."""
     frame = frame_of(tokenizer)
     asked = [ids for ids, _ in encode([one.question.strip() for one in questions], tokenizer)]
     contexts = list(dict.fromkeys(one.context for one in questions))
@@ -126,11 +126,7 @@ def make_windows(
 
 def frame_of(tokenizer: "PreTrainedTokenizerBase") -> Frame:
     """What the tokenizer puts around two texts, from what it makes of a pair."""
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"model.source: {type(tokenizer).__name__} does not say where its tokens stand in the text, which answers are found by; "
-            "use a model with a fast tokenizer (tokenizer.json)"
-        )
+    require_fast(tokenizer, tokenizer.name_or_path)
     pair = cast(Any, tokenizer)("1", "1")
     ids, sides, types = pair["input_ids"], pair.sequence_ids(0), pair.get("token_type_ids")
     cuts = [sides.index(0), len(sides) - sides[::-1].index(0), sides.index(1), len(sides) - sides[::-1].index(1)]

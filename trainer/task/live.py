@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.config import LiveData, RunConfig
 from trainer.data.batches import rank_share
 from trainer.data.stream.live import LiveRows, Rows, open_dataset
+from trainer.data.tokens import require_fast
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.architecture import load_tokenizer
 from trainer.screen import announce
@@ -32,6 +33,7 @@ class LiveTask(LanguageTask):
         assert config.train.max_steps is not None
         self.data, self.rank, self.world_size = data, rank, world_size
         tokenizer = live_tokenizer(config)
+        require_fast(tokenizer, config.model.source)  # of others there is no telling how many bytes a token stands for
         dataset = open_dataset(data)
         held_out = LiveRows(dataset, tokenizer, data)
         self.validation = held_out.take(data.validation_rows)

@@ -12,6 +12,7 @@ from trainer.backend import Engine
 from trainer.config import PairData, RunConfig
 from trainer.data.batches import GlobalBatches, Ids
 from trainer.data.pairs import build_pairs
+from trainer.data.tokens import require_fast
 from trainer.errors import ConfigError
 from trainer.metrics import exact_match, rouge_1, rouge_2, rouge_l
 from trainer.model.architecture import load_architecture, load_tokenizer
@@ -34,11 +35,7 @@ class Seq2SeqTask(LanguageTask):
         data, train = config.data, config.train
         assert isinstance(data, PairData)
         tokenizer = load_tokenizer(config.model)
-        if not tokenizer.is_fast:
-            raise ConfigError(
-                f"model.source ({config.model.source}): its tokenizer, {type(tokenizer).__name__}, has no fast form, and may write "
-                "targets otherwise than texts; use a model with a fast one, such as T5 or BART"
-            )
+        require_fast(tokenizer, config.model.source)  # others may write targets otherwise than texts
         self.settings, self.data = data, build_pairs(data, tokenizer)
         self.batches = GlobalBatches(
             self.data.train.lengths, train.global_batch_size, train.seed, group_by_length=data.group_by_length
