@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from tests.data.test_templates import tokenizer
 from trainer.config import InstructData
+from trainer.data import instruct
 from trainer.data.instruct import Sample, build_instruct
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 PAIR = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
 
@@ -71,6 +73,24 @@ def test_long_conversations_are_cut_behind_an_answer_and_counted(tmp_path: Path)
         assert tokenizer().decode(sample.ids).endswith("<|im_end|>")
     with pytest.raises(DataError, match=r"0 of 10 conversations have an answer within data\.max_length"):
         build_instruct(data(path, max_length=20), tokenizer())
+
+
+def test_samples_do_not_depend_on_how_many_are_tokenized_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data(chats(tmp_path), few_shot=2, max_length=400)
+    whole = build_instruct(settings, tokenizer()).train.samples
+    monkeypatch.setattr(instruct, "TOGETHER", 3)
+    parts = build_instruct(settings, tokenizer()).train.samples
+    assert len(whole) > 3
+    assert [(one.ids.tolist(), one.is_target.tolist(), one.answers, one.place) for one in parts] == [
+        (one.ids.tolist(), one.is_target.tolist(), one.answers, one.place) for one in whole
+    ]
+
+
+def test_a_tokenizer_in_python_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ByT5Tokenizer, has no fast form"):
+        build_instruct(data(chats(tmp_path), template="alpaca"), ByT5Tokenizer())
 
 
 def test_examples_stand_before_every_conversation_and_are_not_learned(tmp_path: Path) -> None:

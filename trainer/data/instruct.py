@@ -20,11 +20,14 @@ from trainer.data.batches import IGNORED, permutation
 from trainer.data.conversations import Conversation, Turn, read_conversations
 from trainer.data.rendering import OTHERWISE, Format, Rendered, load_format
 from trainer.data.stream.packing import best_fit_rows
+from trainer.data.tokens import require_fast
 from trainer.errors import DataError
 
 Ints = NDArray[np.int64]
 SHOWN = 80
 """Characters of a conversation that an error shows."""
+TOGETHER = 1000
+"""Conversations tokenized in one call: Python's lists of tokens and places take 150 bytes a token, our arrays 9."""
 
 
 @dataclass(frozen=True)
@@ -180,23 +183,31 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     data: InstructData,
 ) -> list[Sample | None]:
-    """Tokens and targets of each conversation, whose first turns are examples; None for one whose first answer does not fit."""
-    rendered = [render(conversation, num_examples, found, data) for conversation, num_examples in conversations]
-    tokens = cast(Any, tokenizer)(
-        [text.text for text in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    rows = zip(tokens["input_ids"], tokens["offset_mapping"], rendered, conversations, strict=True)
-    return [
-        sample_of(
-            np.array(ids, np.int64),
-            np.array(offsets, np.int64).reshape(-1, 2),
-            text,
-            conversation=conversation,
-            num_examples=num_examples,
-            data=data,
+    """Tokens and targets of each conversation, whose first turns are examples; None for one whose first answer does not fit.
+
+    ConfigError for a tokenizer in Python.
+    """
+    require_fast(tokenizer, tokenizer.name_or_path)
+    samples: list[Sample | None] = []
+    for start in range(0, len(conversations), TOGETHER):
+        some = conversations[start : start + TOGETHER]
+        rendered = [render(conversation, num_examples, found, data) for conversation, num_examples in some]
+        tokens = cast(Any, tokenizer)(
+            [text.text for text in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        for ids, offsets, text, (conversation, num_examples) in rows
-    ]
+        rows = zip(tokens["input_ids"], tokens["offset_mapping"], rendered, some, strict=True)
+        samples += [
+            sample_of(
+                np.array(ids, np.int64),
+                np.array(offsets, np.int64).reshape(-1, 2),
+                text,
+                conversation=conversation,
+                num_examples=num_examples,
+                data=data,
+            )
+            for ids, offsets, text, (conversation, num_examples) in rows
+        ]
+    return samples
 
 
 def render(conversation: Conversation, num_examples: int, found: Format, data: InstructData) -> Rendered:
