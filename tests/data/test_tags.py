@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import tiny_bert
 from trainer.config import TagData
@@ -16,7 +17,7 @@ from trainer.data.batches import IGNORED
 from trainer.data.names import DOCUMENT, lines_of, names_file
 from trainer.data.tagged import tokenize_tagged
 from trainer.data.tags import Sentence, read_tags, rows_of
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 GOOD = [("Ada", "B-PERSON"), ("Lovelace", "I-PERSON"), ("saw", "O"), ("London", "B-PLACE")]
 
@@ -109,10 +110,10 @@ def test_all_mistakes_are_counted_and_the_first_shown(tmp_path: Path) -> None:
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "must be lists of one length, not 2 and 1"),
         ({"tokens": "a b", "ner_tags": ["O"]}, "must be lists of one length, not str and 1"),
         ({"tokens": ["a"], "ner_tags": [3]}, "tags must be names such as B-PERSON, not class ids"),
-    ],
         ({"tokens": ["a", None], "ner_tags": ["O", "O"]}, r"data\.jsonl:1: words must be text, not None"),
         ({"tokens": ["a", "\ud83d"], "ner_tags": ["O", "O"]}, r"data\.jsonl:1: a word holds half of a surrogate pair"),
         ({"tokens": ["a", 7], "ner_tags": ["O", "O"]}, "words must be text, not 7"),
+    ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
@@ -120,7 +121,6 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path, row: dict[str, Any], m
         read(tmp_path / "data.jsonl")
 
 
-def test_a_type_outside_the_labels_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tag", [-1, -100, 3, None, "O", 1.0])
 def test_a_class_id_without_a_name_is_refused_with_its_place(tag: Any) -> None:
     names = ("O", "B-X", "I-X")
@@ -130,6 +130,7 @@ def test_a_class_id_without_a_name_is_refused_with_its_place(tag: Any) -> None:
         rows_of([["a"], ["a", "b"]], [[1], [0, tag]], ["hub row 1", "hub row 2"], setting="data.source", names=names)
 
 
+def test_a_type_outside_the_labels_is_refused(tmp_path: Path) -> None:
     file = conll(tmp_path / "data.conll", [GOOD] * 10)
     with pytest.raises(
         DataError, match=r"data.conll:4: B-PLACE is of no known type; the types are PERSON: data.labels"
@@ -158,6 +159,43 @@ def test_a_label_stands_at_the_first_token_of_its_word() -> None:
         ("in", 0),
         ("london", 3),
     ]
+
+
+BYTES, SPACES = tokenizers.pre_tokenizers.ByteLevel, tokenizers.pre_tokenizers.Metaspace
+
+
+def small_bpe(pre_tokenizer: Any) -> PreTrainedTokenizerFast:
+    """Of a few words."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = pre_tokenizer
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, show_progress=False, initial_alphabet=BYTES.alphabet())
+    made.train_from_iterator(["a good film in London"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        BYTES(add_prefix_space=False),
+        BYTES(add_prefix_space=True),
+        SPACES(prepend_scheme="first"),
+        SPACES(prepend_scheme="always"),
+        SPACES(prepend_scheme="never"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_length", [3, 32])
+def test_every_word_is_read_as_in_a_text(pre_tokenizer: Any, max_length: int) -> None:
+    tokenizer, words = small_bpe(pre_tokenizer), ("good", "film", "in", "London")
+    sentence = Sentence(words, ("O", "B-X", "O", "B-Y"), 0)
+    made = tokenize_tagged([sentence], ("O", "B-X", "I-X", "B-Y"), tokenizer, max_length)
+    assert made.tokens.tolist() == tokenizer(f"a {' '.join(words)}")["input_ids"][-4:]
+    assert made.labels.tolist() == [0, 1, 0, 3]
+
+
+def test_a_tokenizer_in_python_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ByT5Tokenizer, has no fast form"):
+        tokenize_tagged([Sentence(("a",), ("O",), 0)], ("O",), ByT5Tokenizer(), 16)
 
 
 @pytest.mark.parametrize("max_length", [4, 7, 12, 64])

@@ -5,12 +5,13 @@ Between trainer/data/tags.py and the batches. Invariant: no word is lost: a sent
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from trainer.data.batches import IGNORED
 from trainer.data.tags import Sentence
+from trainer.data.tokens import require_fast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,9 @@ class TaggedSet:
 def tokenize_tagged(
     sentences: Sequence[Sentence], tag_names: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> TaggedSet:
-    """Tokens and labels of all sentences, cut into pieces of at most `max_length` tokens."""
+    """Tokens and labels of all sentences, cut into pieces of at most `max_length` tokens. ConfigError for a tokenizer in Python."""
+    require_fast(tokenizer, tokenizer.name_or_path)
+    before = " " if needs_space(tokenizer) else ""
     ids = {name: number for number, name in enumerate(tag_names)}
     word_labels = np.array([ids[tag] for sentence in sentences for tag in sentence.tags], np.int64)
     tokens: list[np.ndarray] = []
@@ -75,13 +78,24 @@ def tokenize_tagged(
     ends = np.cumsum([len(sentence.words) for sentence in sentences])
     for sentence, end in zip(sentences, ends, strict=True):
         first = int(end) - len(sentence.words)
-        for piece, number in pieces(sentence.words, tokenizer, max_length):
+        for piece, number in pieces([before + word for word in sentence.words], tokenizer, max_length):
             tokens.append(np.array(piece["input_ids"], np.int64))
             words.append(first_tokens(piece.word_ids(), first + number))
     flat = np.concatenate(words)
     labels = np.where(flat >= 0, word_labels[np.maximum(flat, 0)], IGNORED)
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in tokens])])
     return TaggedSet(np.concatenate(tokens), offsets, labels, flat, ends, word_labels)
+
+
+def needs_space(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a word that is given alone is read as the inside of a longer one unless a space stands before it, as by GPT-2 and RoBERTa."""
+
+    def tokens(words: str | list[str]) -> list[int]:
+        is_split = not isinstance(words, str)
+        return list(cast(Any, tokenizer)(words, is_split_into_words=is_split, add_special_tokens=False)["input_ids"])
+
+    text = tokens("a a")
+    return tokens(["a", "a"]) != text == tokens(["a", " a"])
 
 
 def pieces(words: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[tuple[Any, int]]:
