@@ -12,6 +12,8 @@ from tests.distributed.resume_runs import metrics_of, start
 from tests.tiny import NUM_WORDS, tiny_llama, tiny_tokens
 from trainer.config import LiveData, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.data.stream.shards import ShardReader, read_manifest
+from trainer.errors import ConfigError
+from trainer.task.live import LiveTask
 
 NUM_STEPS, LENGTH = 8, 32
 
@@ -27,6 +29,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder / "model")
     lines = [json.dumps({"text": " ".join(f"w{word}" for word in words)}) for words in documents(folder)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "two").mkdir()
+    (folder / "two" / "1.jsonl").write_text("\n".join(lines[:40]) + "\n")
+    (folder / "two" / "2.jsonl").write_text("\n".join(lines[40:]) + "\n")
     return folder
 
 
@@ -42,8 +47,8 @@ def documents(root: Path) -> list[list[int]]:
     return found
 
 
-def make_config(root: Path, run: Path) -> RunConfig:
-    data = LiveData(source=str(root / "text.jsonl"), sequence_length=LENGTH, validation_rows=5)
+def make_config(root: Path, run: Path, source: str = "text.jsonl") -> RunConfig:
+    data = LiveData(source=str(root / source), sequence_length=LENGTH, validation_rows=5)
     train = TrainConfig(
         max_steps=NUM_STEPS,
         global_batch_size=6,
@@ -66,10 +71,12 @@ def own_stream(root: Path, rank: int, world_size: int) -> list[int]:
     return [token for words in found[skipped:][rank::world_size] for token in (*words, NUM_WORDS)]
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("single", 1), ("ddp", 2)])
-def test_each_rank_reads_its_part_and_goes_on_exactly(backend: str, ranks: int, root: Path, tmp_path: Path) -> None:
-    whole = start(make_config(root, tmp_path / "whole"), backend, ranks)
-    config = make_config(root, tmp_path / "run")
+@pytest.mark.parametrize(("backend", "ranks", "source"), [("single", 1, "text.jsonl"), ("ddp", 2, "two")])
+def test_each_rank_reads_its_part_and_goes_on_exactly(
+    backend: str, ranks: int, source: str, root: Path, tmp_path: Path
+) -> None:
+    whole = start(make_config(root, tmp_path / "whole", source), backend, ranks)
+    config = make_config(root, tmp_path / "run", source)
     assert start(config, backend, ranks, fault=f"step@{ranks - 1}:6") is None
     seen = start(config, backend, ranks)
     assert whole is not None
@@ -82,6 +89,28 @@ def test_each_rank_reads_its_part_and_goes_on_exactly(backend: str, ranks: int, 
         assert 0 < steps[0] <= 5
         assert all(seen[rank]["rows"][step] == whole[rank]["rows"][step] for step in steps)
     assert_same(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("source", ["text.jsonl", "two"])
+def test_the_ranks_share_all_documents_but_those_held_out(source: str, root: Path, tmp_path: Path) -> None:
+    tasks = [LiveTask(make_config(root, tmp_path, source), rank, 2) for rank in range(2)]
+    read = [[example["text"] for example in task.rows.dataset] for task in tasks]
+    texts = [json.loads(line)["text"] for line in (root / "text.jsonl").read_text().splitlines()]
+    num_held_out = len(texts) - sum(map(len, read))
+    assert 0 < num_held_out < 40
+    assert sorted(read[0] + read[1]) == sorted(texts[num_held_out:])
+    held_out = [token for words in documents(root)[:num_held_out] for token in (*words, NUM_WORDS)]
+    for task in tasks:
+        assert task.validation["input_ids"].ravel().tolist() == held_out[: 5 * LENGTH]
+
+
+def test_a_tokenizer_in_python_is_refused(root: Path, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "model")
+    config = make_config(root, tmp_path)
+    slow = config.model_copy(update={"model": config.model.model_copy(update={"source": str(tmp_path / "model")})})
+    with pytest.raises(ConfigError, match=r"model\.source \(.*model\): its tokenizer, ByT5Tokenizer, has no fast form"):
+        LiveTask(slow, 0, 1)
 
 
 def assert_same(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:

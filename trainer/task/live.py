@@ -37,7 +37,9 @@ class LiveTask(LanguageTask):
         dataset = open_dataset(data)
         held_out = LiveRows(dataset, tokenizer, data)
         self.validation = held_out.take(data.validation_rows)
-        mine = split_dataset_by_node(dataset.skip(held_out.num_documents), rank, world_size)
+        later = dataset.skip(held_out.num_documents)
+        # By documents: dealt out by file, each rank would skip its share of so many documents in its own files.
+        mine = split_dataset_by_node(later, rank, world_size, strategy="examples")
         self.rows = LiveRows(mine, tokenizer, data)
         self.next_step = 0
         self.states: dict[int, dict[str, Any]] = {}

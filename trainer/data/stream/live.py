@@ -1,7 +1,8 @@
 """Text that is tokenized and packed while training reads it, for those who will not tokenize ahead.
 
-Every rank reads its own part of a streaming Hugging Face dataset, in the order of the files, and cuts the tokens into rows. Such a stream
-can only go on where it was: its state belongs to one number of ranks. Token datasets (reader.py) know no such limit. Local to the rank.
+Every rank takes every so-manieth document of a streaming Hugging Face dataset, in the order of the files, and cuts the tokens into rows;
+the others it reads over. Such a stream can only go on where it was: its state belongs to one number of ranks. Token datasets (reader.py)
+know no such limit. Local to the rank.
 """
 
 import copy
