@@ -62,6 +62,20 @@ def test_a_second_save_of_a_step_is_refused_and_the_first_is_kept(tmp_path: Path
     assert (target / SHARD).stat().st_ino == before
 
 
+def test_files_that_this_rank_does_not_see_whole_are_missed(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path / "checkpoints", 1)
+    entry = FileEntry(size=len("weights of 1"), blake3="0" * 64)
+    store.check_all_here(folder, {SHARD: entry})
+    other = SHARD.replace("weights", "optimizer")
+    with pytest.raises(
+        CheckpointError, match=rf"{other} was written with 12 bytes, and rank 0 sees 0: .* set run_dir=PATH"
+    ):
+        store.check_all_here(folder, {SHARD: entry, other: entry})
+    (folder / SHARD).write_text("part")
+    with pytest.raises(CheckpointError, match="rank 0 sees 4"):
+        store.check_all_here(folder, {SHARD: entry})
+
+
 def test_retention_keeps_the_newest_the_best_and_the_protected(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         save(tmp_path, step)

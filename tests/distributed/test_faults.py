@@ -91,6 +91,31 @@ def test_a_real_limit_on_one_ranks_files_ends_all_ranks_and_the_older_checkpoint
     assert (only.name, describe_damage(only)) == ("step-00000002", None)
 
 
+def on_own_disk(config: RunConfig) -> dict[str, Any]:
+    """From its second save on every rank has a run directory that no other rank sees, as on the disk of its node."""
+    run, saves = Saver._run, list[int]()
+
+    def and_move(self: Saver, save: Save) -> str | None:
+        if saves:
+            self.root = config.folder / f"node-{os.environ['RANK']}" / "checkpoints"
+        saves.append(save.header.step)
+        return run(self, save)
+
+    Saver._run = and_move  # type: ignore[method-assign]
+    return train(config)
+
+
+def test_shards_on_a_disk_that_rank_0_does_not_see_make_no_checkpoint(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, tmp_path / "run")
+    for facts in run_ranks(on_own_disk, "ddp", 2, args=(config,)):
+        assert "step 4 was not saved: optimizer-00002-of-00002.safetensors was written with" in facts["error"]
+        assert re.search(
+            r"run directory \(.*node-0\) must be on a file system that all nodes share; set run_dir=PATH",
+            facts["error"],
+        )
+    assert not list(config.folder.glob("node-*/checkpoints/step-*"))
+
+
 # Ranks that hang or die, time that is up
 
 
@@ -183,7 +208,8 @@ def test_a_reader_thread_that_dies_on_one_rank_ends_the_job_and_the_rank_is_name
     ranks = [launch(config, tmp_path, rank, port, "read@1:3:enospc") for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert "no space left on device" in outputs[1]
-    assert re.search(r"watchdog: (no sign of rank.s. 1|rank 1 .* in: reading the data of step 3)", outputs[0])
+    named = r"watchdog: rank 1 (failed|has made no progress for \d+ s) in: reading the data of step 3|watchdog: no sign of rank.s. 1"
+    assert re.search(named, outputs[0]), outputs[0]
     assert all(process.returncode not in (0, None) for process in ranks), outputs
     assert not (config.folder / "summary.md").exists()
 

@@ -170,6 +170,7 @@ class Saver:
         files = {name: entry for report in reports for name, entry in report.files.items()}
         manifest = save.header.model_copy(update={"tensors": tensors, "files": files})
         try:
+            store.check_all_here(folder, files)
             store.publish(folder, self.root, manifest_text(manifest), save.header.step)
         except (OSError, CheckpointError) as failure:
             shutil.rmtree(folder, ignore_errors=True)

@@ -8,11 +8,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from trainer.checkpoint.manifest import (
     MANIFEST,
+    FileEntry,
     Manifest,
     hash_file,
     is_file_name,
@@ -95,6 +96,21 @@ def start_folder(root: Path, step: int, nonce: str) -> Path:
     folder = root / f"{UNFINISHED}{step_name(step)}-{nonce}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_all_here(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """CheckpointError unless the files that all ranks say they wrote lie in this rank's folder, each of its size.
+
+    They are looked up by name: a network file system may list a folder as it was a minute ago.
+    """
+    for name, entry in sorted(files.items()):
+        path = folder / name
+        size = path.stat().st_size if path.exists() else 0
+        if size != entry.size:
+            raise CheckpointError(
+                f"{name} was written with {entry.size:,} bytes, and rank 0 sees {size:,}: the run directory ({folder.parents[1]}) must be "
+                "on a file system that all nodes share; set run_dir=PATH"
+            )
 
 
 def publish(folder: Path, root: Path, manifest_text: str, step: int) -> Path:
