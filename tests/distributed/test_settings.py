@@ -8,8 +8,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from launch.command import backend_file, backend_names
+from tests.distributed.loop_runs import make_config, train
 from tests.distributed.test_request import RANKED, refused
 from tests.rank_pool import run_ranks
+from tests.tiny import tiny_bert, tiny_sentences
 from trainer.backend.request import read_request
 from trainer.backend.settings import setting_problems
 from trainer.config import OptimConfig, RunConfig, TrainConfig
@@ -155,3 +157,13 @@ def test_all_conflicts_stop_every_rank_together_before_a_model_loads() -> None:
     environ = {"ACCELERATE_GRADIENT_CLIPPING": "0.5", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}
     for message in run_ranks(refused, "zero2", 2, args=(BackendError, 8), environ=environ):
         assert "gradient_clipping (0.5)" in message and "gradient_accumulation_steps (3)" in message
+
+
+def test_a_new_head_is_whole_on_every_rank_where_accelerate_would_load_weights_on_one(tmp_path: Path) -> None:
+    """`accelerate launch` sets the variable for a file that does not name it (accelerate 1.15, utils/launch.py)."""
+    tiny_bert(tmp_path / "model")
+    tiny_sentences(tmp_path / "data.csv", rows=160)
+    config = make_config(tmp_path, tmp_path / "run", method="full", max_steps=2)
+    environ = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    for (facts,) in run_ranks(train, "fsdp", 2, args=([(config, None)],), environ=environ):
+        assert (facts["error"], facts["step"]) == (None, 2)

@@ -46,6 +46,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     problems = setting_problems(os.environ, config, request.world_size)
     if problems:
         raise BackendError("\n".join(problems))
+    if request.backend == "fsdp":
+        # `accelerate launch` turns it on unasked: transformers would load on local rank 0 alone, and leave new weights unset elsewhere.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if use_cpu:
         _prepare_cpu_process_group(request)
     if config.train.deterministic:

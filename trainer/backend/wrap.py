@@ -69,7 +69,6 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
     plugin = accelerator.state.fsdp_plugin
     blocks = repeated_blocks(model)
     _check_named_blocks(plugin.transformer_cls_names_to_wrap, blocks)
-    plugin.cpu_ram_efficient_loading = False  # every rank has already loaded the same weights
     plugin.auto_wrap_policy = None  # prepare would look for block classes, which are renamed once sharded
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     policy = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
