@@ -130,6 +130,11 @@ def test_the_shipped_files_set_nothing_that_is_overridden(backend: str) -> None:
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, r"fsdp_auto_wrap_policy \(SIZE_BASED_WRAP\) is not supported"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, r"set it to false, and model\.gradient_checkpointing=true"),
         ({"FSDP_IGNORED_MODULES": "head"}, r"fsdp_ignored_modules \(head\) is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, r"parallelism_config is not supported: .*; leave it out"),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            r"dynamo_config\.dynamo_backend \(INDUCTOR\) is not supported: .*; leave it out",
+        ),
     ],
 )
 def test_a_setting_that_would_be_overridden_is_named(environ: dict[str, str], message: str) -> None:
@@ -140,6 +145,7 @@ def test_a_setting_that_would_be_overridden_is_named(environ: dict[str, str], me
 @pytest.mark.parametrize(
     "environ",
     [
+        {"ACCELERATE_USE_PARALLELISM_CONFIG": "false", "ACCELERATE_DYNAMO_BACKEND": "NO"},
         {"ACCELERATE_GRADIENT_CLIPPING": "auto", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
         {"ACCELERATE_GRADIENT_CLIPPING": "1.0", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
     ],

@@ -15,6 +15,8 @@ def setting_problems(environ: Mapping[str, str], config: RunConfig, world_size: 
     problems = [
         _clipping_problem(environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"), config.optim.max_grad_norm),
         _accumulation_problem(environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"), config, world_size),
+        _parallelism_problem(environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")),
+        _dynamo_problem(environ.get("ACCELERATE_DYNAMO_BACKEND", "no")),
         *_fsdp_problems(environ),
     ]
     return [problem for problem in problems if problem]
@@ -51,6 +53,23 @@ def _accumulation_problem(value: str, config: RunConfig, world_size: int) -> str
         f"({train.global_batch_size}), train.micro_batch_size ({train.micro_batch_size}) and {world_size} process(es), {ours}; "
         f"leave it out, and set train.micro_batch_size={math.ceil(largest_share / int(value))}"
     )
+
+
+def _parallelism_problem(value: str) -> str | None:
+    """accelerate reads the section on FSDP alone: its groups would not be used, and context parallelism drops attention masks."""
+    if value.lower() != "true":
+        return None
+    return (
+        "parallelism_config is not supported: samestep shards over all processes, and splits neither rows nor layers; leave it "
+        "out"
+    )
+
+
+def _dynamo_problem(value: str) -> str | None:
+    """accelerate would wrap the model once more; `accelerate launch` writes NO where nothing is set."""
+    if value.lower() == "no":
+        return None
+    return f"dynamo_config.dynamo_backend ({value}) is not supported: no backend compiles the model; leave it out, or set it to no"
 
 
 def _fsdp_problems(environ: Mapping[str, str]) -> list[str]:
