@@ -2,15 +2,20 @@
 
 import ctypes
 import os
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from trainer.backend import wrap
 from trainer.backend.engine import Engine, FsdpEngine, PlainEngine
+from trainer.backend.heartbeat import PATIENCE
 from trainer.backend.request import Request, read_request
 from trainer.backend.settings import setting_problems
+from trainer.backend.side import NEVER
 from trainer.backend.zero_engine import ZeroEngine
 from trainer.checkpoint.resume import Start, decide_start
 from trainer.config import RunConfig, check_world
@@ -25,6 +30,9 @@ EXPECTED_TYPES = {
     "zero2": (DistributedType.DEEPSPEED,),
     "zero3": (DistributedType.DEEPSPEED,),
 }
+
+SHORTEST_TIMEOUT_S = 1800.0
+"""Of a process group, as torch gives gloo's: no watchdog runs yet where ranks meet and read their data."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -46,23 +54,36 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     problems = setting_problems(os.environ, config, request.world_size)
     if problems:
         raise BackendError("\n".join(problems))
+    timeout = group_timeout(config.train.hang_timeout_s)
     if request.backend == "fsdp":
         # `accelerate launch` turns it on unasked: transformers would load on local rank 0 alone, and leave new weights unset elsewhere.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if use_cpu:
-        _prepare_cpu_process_group(request)
+        _prepare_cpu_process_group(request, timeout)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Precision is ours (Engine.forward): left to their defaults the backends mean three different things by bf16.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     with quiet_prints("deepspeed"):
-        accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp], step_scheduler_with_optimizer=False)
+        accelerator = Accelerator(
+            mixed_precision="no",
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
+            step_scheduler_with_optimizer=False,
+        )
     if request.backend == "zero3":
         _load_models_whole(accelerator)
     verify_accelerator(accelerator, request)
     agree_on_start(config)
     return accelerator
+
+
+def group_timeout(hang_timeout_s: float | None) -> timedelta:
+    """Of the process groups: longer than any phase that the watchdog permits, so that it is the one to end a hung job and name the rank."""
+    if hang_timeout_s is None:
+        return NEVER
+    longest_s = max(hang_timeout_s * (PATIENCE + 1), SHORTEST_TIMEOUT_S)
+    return timedelta(seconds=min(longest_s, NEVER.total_seconds()))
 
 
 def check_optimizer(name: str, request: Request, *, use_cpu: bool) -> None:
@@ -122,6 +143,8 @@ def build_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: to
     elif request.backend.startswith("zero"):
         wrap.configure_zero(accelerator, model, request.precision)
     wrapped, prepared = accelerator.prepare(model, optimizer)
+    if request.backend.startswith("zero"):
+        _give_time(cast(Any, accelerator).init_handler.timeout)
     if request.backend == "fsdp":
         wrap.rebind(prepared.optimizer, wrapped, groups)
     wrap.verify_wrapper(request, wrapped, prepared.optimizer, names)
@@ -144,7 +167,13 @@ def verify_accelerator(accelerator: Accelerator, request: Request) -> None:
         )
 
 
-def _prepare_cpu_process_group(request: Request) -> None:
+def _give_time(timeout: timedelta) -> None:
+    """Set the timeout of every process group: DeepSpeed 0.19 reduces over a copy of ours that has torch's default (utils/groups.py)."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _prepare_cpu_process_group(request: Request, timeout: timedelta) -> None:
     """gloo ranks before Accelerator() exists; without this Accelerate silently runs DDP for FSDP, and N lone runs for DeepSpeed.
 
     Accelerate 1.15 reaches its FSDP2 branch only from a MULTI_* accelerator type (accelerate/state.py, AcceleratorState); this can go
@@ -153,7 +182,7 @@ def _prepare_cpu_process_group(request: Request) -> None:
     os.environ.pop("ACCELERATE_USE_CPU", None)  # would make Accelerate ignore DeepSpeed
     if request.backend.startswith("zero"):
         _leave_out_inference_kernel()
-    PartialState(cpu=True)
+    PartialState(cpu=True, timeout=timeout)
     if request.backend == "fsdp":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         _keep_freed_memory()

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PATIENCE = 10.0
+"""How many times the usual time a long phase may take."""
+
 
 class Heartbeat:
     """Written by the main thread and the one that writes checkpoints, read by a third."""
@@ -44,7 +47,7 @@ class Heartbeat:
     def long(self, phase: str) -> Iterator[None]:
         """Something that may take ten times as long, such as writing a large model."""
         self.beat(phase)
-        self.patience = 10.0
+        self.patience = PATIENCE
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ Checkpoints are agreed on here while training's own collectives run, and on GPUs
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -11,15 +12,17 @@ import torch.distributed as dist
 from trainer.errors import CheckpointError, SamestepError
 
 T = TypeVar("T")
+NEVER = timedelta(days=7)
+"""The timeout of a process group whose ranks may wait for as long as others work; sockets know no time beyond 24 days."""
 
 
 class SideGroup:
     """All ranks, over a process group that nothing else uses. Every method is collective; one thread at a time."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        """Collective."""
+        """Collective. A rank that has written its files waits here for the others, which the watchdog lets write while they get on."""
         self.rank, self.world_size = rank, world_size
-        self.group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=NEVER) if world_size > 1 else None
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
