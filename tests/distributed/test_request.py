@@ -4,8 +4,9 @@ import pytest
 
 from tests.rank_pool import BACKEND_ENV, run_ranks
 from trainer.backend import build_accelerator
+from trainer.backend.build import check_attention, check_devices
 from trainer.backend.request import read_request
-from trainer.config import RunConfig, TrainConfig
+from trainer.config import ModelConfig, RunConfig, TrainConfig
 from trainer.errors import BackendError, ConfigError
 
 RANKED = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -81,6 +82,37 @@ def test_deepspeed_that_would_run_as_lone_processes_is_refused() -> None:
 def test_fsdp_without_ranks_is_refused_and_not_run_as_something_else() -> None:
     messages = run_ranks(refused, "single", 1, args=(BackendError, 8), environ=BACKEND_ENV["fsdp"])
     assert "asked for fsdp with 1 process(es), but this process has no rank" in messages[0]
+
+
+@pytest.mark.parametrize(("processes", "devices"), [("4", 2), ("1", 0)])
+def test_more_processes_than_devices_are_refused_where_all_see_the_same_ones(processes: str, devices: int) -> None:
+    environ = {"LOCAL_WORLD_SIZE": processes}
+    words = rf"LOCAL_WORLD_SIZE \({processes}\).* must be at most {devices},.* start with --num_processes {devices}, or set use_cpu"
+    with pytest.raises(BackendError, match=words):
+        check_devices(environ | {"TORCHELASTIC_RUN_ID": "none"}, devices)
+    check_devices(environ | {"TORCHELASTIC_RUN_ID": "none"}, int(processes))
+    check_devices(environ, devices)  # srun may show each process its own
+
+
+def flash_attention() -> str:
+    """The message with which a run in fp32 stops."""
+    try:
+        build_accelerator(
+            RunConfig(name="t", model=ModelConfig(attention="flash_attention_2"), train=TrainConfig(max_steps=1))
+        )
+    except ConfigError as problem:
+        return str(problem)
+    return "ran"
+
+
+def test_flash_attention_in_fp32_is_refused_before_a_model_loads() -> None:
+    (message,) = run_ranks(flash_attention, "single", 1)
+    assert (
+        "model.attention (flash_attention_2) computes in bf16 or fp16 alone" in message
+        and "--precision bf16" in message
+    )
+    check_attention("flash_attention_2", "bf16")
+    check_attention("sdpa", "no")
 
 
 def test_a_global_batch_smaller_than_the_ranks_is_refused_on_all_of_them() -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, cast
 
@@ -51,6 +52,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     use_cpu = request.on_cpu or not torch.accelerator.is_available()
     check_optimizer(config.optim.name, request, use_cpu=use_cpu)
     check_bf16(request, use_cpu=use_cpu)
+    check_attention(config.model.attention, request.precision)
+    if not use_cpu:
+        check_devices(os.environ, torch.accelerator.device_count())
     problems = setting_problems(os.environ, config, request.world_size)
     if problems:
         raise BackendError("\n".join(problems))
@@ -105,6 +109,28 @@ def check_bf16(request: Request, *, use_cpu: bool) -> None:
     if request.precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise BackendError(
             "mixed precision (bf16): this GPU does not compute in bf16; start with --mixed_precision fp16 or no"
+        )
+
+
+def check_attention(attention: str, precision: str) -> None:
+    """ConfigError for a kernel that cannot compute in the run's precision."""
+    if attention == "flash_attention_2" and precision == "no":
+        raise ConfigError(
+            f"model.attention ({attention}) computes in bf16 or fp16 alone, and this run is in fp32; start with --precision bf16 "
+            "(accelerate launch: --mixed_precision bf16), or use model.attention=sdpa"
+        )
+
+
+def check_devices(environ: Mapping[str, str], num_devices: int) -> None:
+    """BackendError where torchrun or `accelerate launch` started more processes here than there are devices; NCCL would only hang or crash.
+
+    Other launchers may show each process a device of its own.
+    """
+    processes = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in environ and processes > num_devices:
+        raise BackendError(
+            f"LOCAL_WORLD_SIZE ({processes}), the processes on this machine, must be at most {num_devices}, as many as it has devices: "
+            f"each needs its own; start with --num_processes {num_devices}, or set use_cpu: true in the accelerate configuration"
         )
 
 
