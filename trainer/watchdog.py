@@ -5,6 +5,7 @@ one that all others wait for, or, where all wait for a checkpoint, the one that 
 rank 0 reads them and names it. Invariant: nothing here is collective.
 """
 
+import faulthandler
 import json
 import math
 import os
@@ -23,6 +24,7 @@ GRACE_S = 3.0
 """For the other ranks' files to appear."""
 BACKGROUND = {"checkpoint": "writes a checkpoint", "prefetch": "reads data"}
 """How the names of threads begin whose stacks are shown too, and what they do."""
+LAST_WORDS = "the job ends now; the same command goes on from the newest checkpoint"
 IDLE = "_worker"
 """The function in which a thread of concurrent.futures waits for work."""
 
@@ -54,7 +56,10 @@ class Watchdog:
 
     def _name_who_failed(self) -> None:
         """An error that only this rank may know, or that another rank's end caused: say which rank it began on, as reports tell."""
-        self._write_report()
+        try:
+            self._write_report()
+        except OSError:  # the disk is full, as the error under way says
+            return
         time.sleep(GRACE_S)
         reports = self._read_reports()
         silent = sorted(set(range(self.world_size)) - set(reports))
@@ -74,7 +79,13 @@ class Watchdog:
                 self._end_job(time.monotonic() - since)
 
     def _end_job(self, silence_s: float) -> None:
-        """Write this rank's report, wait for the others', say what is known, and end the process."""
+        """Write this rank's report, wait for the others', say what is known, and end the process.
+
+        A file system that hangs itself must not keep it from ending: then, as on a full disk, this rank speaks for itself alone.
+        """
+        last_resort = threading.Timer(3 * GRACE_S, self._end_alone, (silence_s, "the run directory does not answer"))
+        last_resort.daemon = True
+        last_resort.start()
         try:
             self._write_report()
             time.sleep(GRACE_S)
@@ -84,8 +95,23 @@ class Watchdog:
                 print(self._words(reports, guilty, silence_s), file=sys.stderr, flush=True)
             if self.rank not in guilty:
                 time.sleep(GRACE_S)  # the first to end makes the launcher end the others: let the guilty speak
+        except (OSError, ValueError) as error:  # or not even its own report can be read back
+            self._end_alone(silence_s, f"its report cannot be written: {getattr(error, 'strerror', None) or error}")
         finally:
             os._exit(EXIT_CODE)
+
+    def _end_alone(self, silence_s: float, why: str) -> None:
+        """Say where this rank is, guilty or not, since no rank can tell, and end the process, even where stderr does not answer."""
+        phase = no_progress(self.rank, silence_s, f"{self.heartbeat.phase} ({why})")
+        speaker = threading.Thread(target=self._speak_alone, args=(f"{phase}\n{LAST_WORDS}",), daemon=True)
+        speaker.start()
+        speaker.join(GRACE_S)
+        os._exit(EXIT_CODE)
+
+    def _speak_alone(self, words: str) -> None:
+        """Opens no file, as a stack with its lines of code would."""
+        print(words, f"rank {self.rank} is at:", sep="\n", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr)
 
     def _write_report(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,10 +140,7 @@ class Watchdog:
         lines = []
         if silent:
             lines.append(no_sign_of(silent))
-        lines += [
-            f"watchdog: rank {rank} has made no progress for {silence_s:.0f} s in: {reports[rank]['phase']}"
-            for rank in (guilty if not silent else [])
-        ]
+        lines += [no_progress(rank, silence_s, reports[rank]["phase"]) for rank in (guilty if not silent else [])]
         if self.rank in guilty:
             frames = sys._current_frames()
             for does, thread in (("is", self.main_thread), *background_threads()):
@@ -125,8 +148,7 @@ class Watchdog:
                 if frame is not None and frame.f_code.co_name != IDLE:
                     stack = "".join(traceback.format_stack(frame)[-12:])
                     lines.append(f"rank {self.rank} {does} at (most recent call last):\n{stack.rstrip()}")
-        lines.append("the job ends now; the same command goes on from the newest checkpoint")
-        return "\n".join(lines)
+        return "\n".join([*lines, LAST_WORDS])
 
 
 def background_threads() -> list[tuple[str, int | None]]:
@@ -137,6 +159,11 @@ def background_threads() -> list[tuple[str, int | None]]:
         for prefix, does in BACKGROUND.items()
         if thread.name.startswith(prefix)
     ]
+
+
+def no_progress(rank: int, silence_s: float, phase: str) -> str:
+    """A line about a rank that hangs."""
+    return f"watchdog: rank {rank} has made no progress for {silence_s:.0f} s in: {phase}"
 
 
 def no_sign_of(ranks: list[int]) -> str:
