@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from trainer.backend import Engine
+from trainer.backend import Engine, NoRoomError
 from trainer.checkpoint.resume import OUTCOME
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, SamestepError
@@ -221,10 +222,16 @@ class RunOutput:
 
     def report(self, progress: "Progress") -> None:
         """Test the exported model, write plots, summary and outcome, and say where everything is. Collective."""
-        task, split_name, model = self.task, self.task.report_split, self.exported_model(progress)
-        evaluation = task.evaluate(lambda inputs: model(**inputs), self.engine, split_name)
-        with self.engine.heartbeat.long("generating"):
-            metrics = evaluation.metrics | task.generation_metrics(model, self.engine)
+        task, split_name = self.task, self.task.report_split
+        try:
+            with self.engine.alone():
+                with self.engine.heartbeat.long("opening the exported model"):  # whole, beside what training holds
+                    model = load_exported(self.model_folder)[0].to(self.engine.device).eval()
+                evaluation = task.evaluate(lambda inputs: model(**inputs), self.engine, split_name)
+                with self.engine.heartbeat.long("generating"):
+                    metrics = evaluation.metrics | task.generation_metrics(model, self.engine)
+        except NoRoomError:
+            raise self.untested(progress) from None
         elapsed_s = time.perf_counter() - self.started
         if self.is_main:
             prefix = "test" if split_name == "test" else "eval"
@@ -238,27 +245,22 @@ class RunOutput:
             self.write_outcome("finished", progress)
             self.log.say(self.closing_words(progress, split_name, metrics, elapsed_s))
 
-    def exported_model(self, progress: "Progress") -> nn.Module:
-        """Opened on this rank's device, whole, beside what training holds there. Every rank calls it.
-
-        CheckpointError where it has no room: the run counts as finished, so that another start does not fail at the same place.
-        """
-        with self.engine.heartbeat.long("opening the exported model"):
-            model, _, _ = load_exported(self.model_folder)
-            try:
-                return model.to(self.engine.device).eval()
-            except torch.OutOfMemoryError:
-                if self.is_main:
-                    self.write_outcome("finished", progress)
-                raise CheckpointError(
-                    f"{self.model_folder}: training is finished and the model is whole, but it was not tested: in fp32 it does not fit on "
-                    f"{self.engine.device} beside training; look at it with samestep predict {self.folder}, or on a larger device"
-                ) from None
+    def untested(self, progress: "Progress") -> CheckpointError:
+        """What to raise on all ranks. The run counts as finished, so that another start does not fail at the same place."""
+        if self.is_main:
+            self.write_outcome("finished", progress)
+        return CheckpointError(
+            f"{self.model_folder}: training is finished and the model is whole, but it was not tested: in fp32 its test does not fit on "
+            f"{self.engine.device.type} beside training; look at it with samestep predict {quote(str(self.folder))}, or on a larger device"
+        )
 
     def draw(self, model: nn.Module, evaluation: Evaluation) -> None:
-        """Rank 0: curves.png, and what the task adds."""
+        """Rank 0: curves.png, and what the task adds where the device has room for it."""
         plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        self.task.write_report(self.folder, model, evaluation)
+        try:
+            self.task.write_report(self.folder, model, evaluation)
+        except torch.OutOfMemoryError:
+            self.log.say(f"samples were not written: {self.engine.device} has no room for them beside training")
 
     def facts(
         self, progress: "Progress", split_name: str, metrics: Mapping[str, float], elapsed_s: float

@@ -6,7 +6,7 @@ Invariant: the backend that was asked for runs, or a BackendError says why not. 
 """
 
 from trainer.backend.build import agree_on_start, build_accelerator, build_engine
-from trainer.backend.engine import Engine
+from trainer.backend.engine import Engine, NoRoomError
 from trainer.backend.heartbeat import Heartbeat
 from trainer.backend.pieces import WEIGHT, Piece
 from trainer.backend.side import SideGroup
@@ -15,6 +15,7 @@ __all__ = [
     "WEIGHT",
     "Engine",
     "Heartbeat",
+    "NoRoomError",
     "Piece",
     "SideGroup",
     "agree_on_start",

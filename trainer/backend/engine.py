@@ -18,7 +18,7 @@ scale of our own, equal on all ranks because it follows the global gradient norm
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ TEXT_BYTES = 2000
 """Of a message that a rank tells the others."""
 
 
+class NoRoomError(Exception):
+    """A rank ran out of memory in work that every rank does alone; raised on all of them."""
+
+
 class Engine:
     """Wrapped model and optimizer of one backend. Every rank calls every method that says "collective"."""
 
@@ -51,6 +55,7 @@ class Engine:
         self.loss_scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else 1.0
         self.good_steps = 0
         self.heartbeat = Heartbeat()
+        self.works_alone = False
 
     def describe(self) -> str:
         """Backend, processes, precision and device in words."""
@@ -62,12 +67,10 @@ class Engine:
         """How near a resumed run is to one that never ended, on the same backend and number of processes, in words."""
         if self.device.type == "cpu":
             return "bit for bit on this machine"
+        if not deterministic:
+            return "exact but for rounding: train.deterministic is off"
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return (
-            f"bit for bit on {kind}, as far as torch is deterministic"
-            if deterministic
-            else "exact but for rounding: train.deterministic is off"
-        )
+        return f"bit for bit on {kind}, as far as torch is deterministic"
 
     # One step
 
@@ -137,6 +140,8 @@ class Engine:
 
     def sum_array_over_ranks(self, array: Tensor) -> Tensor:
         """Element-wise sum over ranks of a CPU tensor of the same shape everywhere. Collective."""
+        if self.works_alone:
+            self._agree_on_room(ran_out=False)
         self.heartbeat.beat("sum over ranks")
         if self.world_size == 1:
             return array
@@ -151,6 +156,25 @@ class Engine:
         table[self.rank, : len(content)] = torch.tensor(list(content), dtype=torch.float32)
         rows = self.sum_array_over_ranks(table).to(torch.uint8).numpy()
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Surrounds forward passes that each rank makes by itself, and sums of arrays. NoRoomError on all ranks where one has no room.
+
+        They agree before every such sum and at the end, for no rank may wait in a sum that another never reaches. Collective.
+        """
+        self.works_alone = True
+        try:
+            yield
+            self._agree_on_room(ran_out=False)
+        except torch.OutOfMemoryError:
+            self._agree_on_room(ran_out=True)
+        finally:
+            self.works_alone = False
+
+    def _agree_on_room(self, *, ran_out: bool) -> None:
+        if self.sum_over_ranks([float(ran_out)])[0]:
+            raise NoRoomError
 
     # Whole tensors
 
