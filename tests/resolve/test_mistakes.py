@@ -92,7 +92,16 @@ CLM = ["model.task=clm", "data.kind=stream", "train.metric=loss", "train.num_epo
         (["data.test=t.csv", "data.test_fraction=0.2"], "data.test_fraction (0.2)"),
         (["data.subset=sst2"], "unless data.source is a hub dataset"),
         (["optim.schedule=constant", "optim.min_lr_fraction=0.1"], "with optim.schedule=constant"),
-        (["train.max_skipped_steps=3"], "with train.on_nonfinite=stop"),
+        (["train.max_skipped_steps=3"], "unless train.on_nonfinite or train.on_spike is skip"),
+        (
+            ["train.on_spike=rollback", "train.max_skipped_steps=3"],
+            "unless train.on_nonfinite or train.on_spike is skip",
+        ),
+        (
+            ["train.on_nonfinite=skip", "train.max_rollbacks=5"],
+            "unless train.on_nonfinite or train.on_spike is rollback",
+        ),
+        (["train.spike_factor=5"], "with train.on_spike=ignore"),
         ([*CLM, "data.noise_fraction=0.2"], "unless data.objective is mlm or mlm_nsp"),
         ([*CLM, "data.mean_span=4"], "unless data.objective is span_corruption or infilling"),
         ([*CLM, "data.whole_words=yes"], "unless data.objective is mlm or mlm_nsp or mlm_sop"),
@@ -104,6 +113,19 @@ def test_a_setting_without_effect_is_an_error(argv: list[str], words: str) -> No
     (problem,) = problems_of(*argv)
     assert words in problem
     assert "has no effect" in problem
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train.on_spike=skip", "train.max_skipped_steps=50", "train.spike_factor=5"],
+        ["train.on_nonfinite=skip", "train.max_skipped_steps=50"],
+        ["train.on_spike=rollback", "train.max_rollbacks=5"],
+        ["train.on_nonfinite=rollback", "train.max_rollbacks=5"],
+    ],
+)
+def test_a_cap_has_effect_where_either_policy_counts_by_it(argv: list[str]) -> None:
+    assert resolved(*argv).config.train.model_fields_set
 
 
 def test_a_later_layer_may_make_an_earlier_setting_idle(tmp_path: Path) -> None:

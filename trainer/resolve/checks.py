@@ -18,12 +18,12 @@ def without_effect(config: RunConfig, merged: Merged, usual_values: Mapping[str,
     A value that is the default or the recipe's own is let pass, so that a printed config can be given back as --config.
     """
     problems = []
-    for name, controller, is_idle, why in _IDLE:
+    for name, controllers, is_idle, why in _IDLE:
         setting = merged.origins.get(name)
         if setting is None or merged.values[name] in usual_values.get(name, ()):
             continue
-        decider = merged.origins.get(controller)
-        overruled_later = decider is not None and decider.layer > setting.layer
+        deciders = [merged.origins[controller] for controller in controllers if controller in merged.origins]
+        overruled_later = any(decider.layer > setting.layer for decider in deciders)
         if not overruled_later and is_idle(config):
             problems.append(setting.problem(f"has no effect {why}; leave it out"))
     return problems
@@ -34,7 +34,7 @@ def _hub(config: RunConfig) -> bool:
     return not source.startswith("asset:") and Path(source).suffix not in FILE_SUFFIXES
 
 
-Rule = tuple[str, str, Callable[[RunConfig], bool], str]
+Rule = tuple[str, tuple[str, ...], Callable[[RunConfig], bool], str]
 
 
 def _needs_augmentation(setting: str, *kinds: AugmentKind) -> Rule:
@@ -45,7 +45,7 @@ def _needs_augmentation(setting: str, *kinds: AugmentKind) -> Rule:
 
     return (
         f"data.augment.{setting}",
-        "data.augment.kinds",
+        ("data.augment.kinds",),
         is_idle,
         f"unless data.augment.kinds has {' or '.join(kinds)}",
     )
@@ -57,7 +57,17 @@ def _needs_objective(setting: str, *objectives: ObjectiveName) -> Rule:
     def is_idle(config: RunConfig) -> bool:
         return isinstance(config.data, StreamData) and config.data.objective not in objectives
 
-    return (f"data.{setting}", "data.objective", is_idle, f"unless data.objective is {' or '.join(objectives)}")
+    return (f"data.{setting}", ("data.objective",), is_idle, f"unless data.objective is {' or '.join(objectives)}")
+
+
+def _needs_policy(setting: str, policy: str) -> Rule:
+    """A cap that counts what this policy did, for either kind of bad step."""
+
+    def is_idle(config: RunConfig) -> bool:
+        return policy not in (config.train.on_nonfinite, config.train.on_spike)
+
+    deciders = ("train.on_nonfinite", "train.on_spike")
+    return (f"train.{setting}", deciders, is_idle, f"unless {' or '.join(deciders)} is {policy}")
 
 
 OBJECTIVES_WITH_NOISE: tuple[ObjectiveName, ...] = ("mlm", "mlm_nsp", "mlm_sop", "span_corruption", "infilling", "plm")
@@ -65,47 +75,49 @@ OBJECTIVES_WITH_NOISE: tuple[ObjectiveName, ...] = ("mlm", "mlm_nsp", "mlm_sop",
 _IDLE: tuple[Rule, ...] = (
     (
         "data.validation_fraction",
-        "data.validation",
+        ("data.validation",),
         lambda config: getattr(config.data, "validation", None) is not None,
         "where data.validation names a split",
     ),
     (
         "data.test_fraction",
-        "data.test",
+        ("data.test",),
         lambda config: getattr(config.data, "test", None) is not None,
         "where data.test names a split",
     ),
     (
         "data.label_separator",
-        "data.target",
+        ("data.target",),
         lambda config: getattr(config.data, "target", None) != "multi",
         "unless data.target=multi",
     ),
     _needs_objective("noise_fraction", *OBJECTIVES_WITH_NOISE),
     _needs_objective("mean_span", "span_corruption", "infilling"),
     _needs_objective("whole_words", "mlm", "mlm_nsp", "mlm_sop"),
-    ("data.subset", "data.source", lambda config: not _hub(config), "unless data.source is a hub dataset"),
+    ("data.subset", ("data.source",), lambda config: not _hub(config), "unless data.source is a hub dataset"),
     (
         "optim.min_lr_fraction",
-        "optim.schedule",
+        ("optim.schedule",),
         lambda config: config.optim.schedule == "constant",
         "with optim.schedule=constant",
     ),
     (
         "optim.layer_decay",
-        "method.name",
+        ("method.name",),
         lambda config: config.method.name == "head",
         "with method.name=head, which trains no layer",
     ),
+    _needs_policy("max_skipped_steps", "skip"),
+    _needs_policy("max_rollbacks", "rollback"),
     (
-        "train.max_skipped_steps",
-        "train.on_nonfinite",
-        lambda config: config.train.on_nonfinite == "stop",
-        "with train.on_nonfinite=stop",
+        "train.spike_factor",
+        ("train.on_spike",),
+        lambda config: config.train.on_spike == "ignore",
+        "with train.on_spike=ignore",
     ),
     (
         "model.gradient_checkpointing",
-        "method.name",
+        ("method.name",),
         lambda config: config.method.name == "head",
         "with method.name=head, whose encoder needs no backward pass",
     ),
@@ -115,4 +127,4 @@ _IDLE: tuple[Rule, ...] = (
     *(_needs_augmentation(setting, kind) for kind, settings in MODEL_KINDS.items() for setting in settings),
     _needs_augmentation("mixup_alpha", "mixup"),
 )
-"""(setting, the setting that may make it idle, when it does, why)."""
+"""(setting, the settings that may make it idle, when they do, why)."""
