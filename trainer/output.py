@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer.backend import Engine, NoRoomError
@@ -56,16 +57,17 @@ class RunOutput:
         """Of each log line, in `task.speed`."""
 
     def on_rank_0(self, write: Callable[[], None]) -> None:
-        """Run `write` on rank 0 and wait for it; where it raises a user's error, every rank raises. Collective."""
-        failure: SamestepError | None = None
+        """Run `write` on rank 0 and wait for it; where it raises, every rank does. Collective."""
+        failure: Exception | None = None
         with self.engine.heartbeat.long("writing on rank 0"):
             if self.is_main:
                 try:
                     write()
-                except SamestepError as error:
-                    failure = error
                 except OSError as error:
                     failure = SamestepError(f"{error.filename or self.folder} cannot be written: {error.strerror}")
+                except Exception as error:  # whatever it is, the other ranks wait for the outcome
+                    of_disk = type(error) in (SafetensorError, Exception)  # what safetensors and tokenizers raise
+                    failure = SamestepError(f"{self.folder} cannot be written: {error}") if of_disk else error
             num_failures = self.engine.sum_over_ranks([float(failure is not None)])[0]
         if num_failures:
             raise failure or SamestepError("rank 0 could not write to the run directory; see its message")

@@ -7,19 +7,24 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
+from tests.distributed import loop_runs
 from tests.distributed.resume_runs import make_config, metrics_of, start, train
 from tests.rank_pool import free_port, rank_env, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
+from trainer import output as run_output
 from trainer.backend import Heartbeat
 from trainer.checkpoint.saver import Save, Saver
 from trainer.checkpoint.store import describe_damage, list_checkpoints
 from trainer.config import RunConfig
+from trainer.loop import Trainer
 from trainer.watchdog import Watchdog, guilty_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +119,30 @@ def test_shards_on_a_disk_that_rank_0_does_not_see_make_no_checkpoint(root: Path
             facts["error"],
         )
     assert not list(config.folder.glob("node-*/checkpoints/step-*"))
+
+
+def no_oserror(error: Exception, trainer: Trainer) -> None:
+    """Writing the model fails as libraries in Rust fail."""
+
+    def refuse(*_: Any) -> None:
+        raise error
+
+    run_output.export_model = refuse
+
+
+def test_an_export_on_a_full_disk_that_raises_no_oserror_ends_all_ranks(root: Path, tmp_path: Path) -> None:
+    errors = [
+        SafetensorError("No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),
+    ]
+    runs = [
+        (loop_runs.make_config(root, tmp_path / str(number)), partial(no_oserror, error))
+        for number, error in enumerate(errors)
+    ]
+    main, other = run_ranks(loop_runs.train, "ddp", 2, args=(runs,))
+    for number in range(len(errors)):
+        assert f"{number} cannot be written: No space left on device" in main[number]["error"]
+        assert "rank 0 could not write to the run directory" in other[number]["error"]
 
 
 # Ranks that hang or die, time that is up
