@@ -21,6 +21,7 @@ from tests.rank_pool import free_port, rank_env, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer import output as run_output
 from trainer.backend import Heartbeat
+from trainer.backend.heartbeat import PATIENCE
 from trainer.checkpoint.saver import Save, Saver
 from trainer.checkpoint.store import describe_damage, list_checkpoints
 from trainer.config import RunConfig
@@ -143,6 +144,24 @@ def test_an_export_on_a_full_disk_that_raises_no_oserror_ends_all_ranks(root: Pa
     for number in range(len(errors)):
         assert f"{number} cannot be written: No space left on device" in main[number]["error"]
         assert "rank 0 could not write to the run directory" in other[number]["error"]
+
+
+def note_patience(trainer: Trainer) -> None:
+    """Note how long the watchdog would let a wait for a checkpoint be."""
+    wait = trainer.checkpoints.saver.wait
+    trainer.noted = {"patience": []}  # type: ignore[attr-defined]
+
+    def and_note() -> None:
+        trainer.noted["patience"].append(trainer.engine.heartbeat.patience)  # type: ignore[attr-defined]
+        wait()
+
+    trainer.checkpoints.saver.wait = and_note  # type: ignore[method-assign]
+
+
+def test_a_wait_for_a_checkpoint_may_take_as_long_as_its_writing(root: Path, tmp_path: Path) -> None:
+    config = loop_runs.make_config(root, tmp_path / "run", max_steps=3)
+    (facts,) = loop_runs.fit_one(config, note_patience, backend="single", ranks=1)
+    assert facts["patience"] and set(facts["patience"]) == {PATIENCE}
 
 
 # Ranks that hang or die, time that is up

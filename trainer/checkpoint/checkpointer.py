@@ -141,8 +141,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Until the last save is published; raises CheckpointError on all ranks if it failed."""
-        self.engine.heartbeat.beat("waiting for a checkpoint to be written")
-        self.saver.wait()
+        with self.engine.heartbeat.long("waiting for a checkpoint to be written"):
+            self.saver.wait()
 
     def close(self) -> None:
         """End the background thread."""
