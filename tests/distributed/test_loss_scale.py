@@ -75,6 +75,23 @@ def test_an_overflow_halves_the_scale_and_moves_nothing_and_good_steps_double_it
             assert distance(step, good, "gradients") < 0.02
 
 
+def lowest() -> float:
+    """The scale after a restore from the lowest one that halving reaches."""
+    config = RunConfig(name="t", train=TrainConfig(max_steps=1, global_batch_size=BATCH))
+    accelerator = build_accelerator(config)
+    model = small_model("bert")
+    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters()))
+    assert engine.loss_scale > 1.0
+    engine.restore_loss_scale(None, 0)  # of a checkpoint in another precision
+    assert engine.loss_scale > 1.0
+    engine.restore_loss_scale(1.0, 0)
+    return engine.loss_scale
+
+
+def test_a_scale_that_was_halved_to_1_is_restored_too() -> None:
+    assert run_ranks(lowest, "single", 1, precision="fp16") == [1.0]
+
+
 def train_until_taken(folder: Path) -> dict[str, Any]:
     """The loop from a scale that overflows a few times; runs on every rank."""
     config = RunConfig(

@@ -223,9 +223,9 @@ class Engine:
         """Call after writing to `local_state`: sets the optimizer's step count and the copies of the weights. Collective under zero."""
         write_steps(self._torch_optimizer, optimizer_steps)
 
-    def restore_loss_scale(self, scale: float, good_steps: int) -> None:
-        """Take up fp16's dynamic scale; in another precision, or from one, it starts as it does in a new run."""
-        if self.precision == "fp16" and scale > 1.0:
+    def restore_loss_scale(self, scale: float | None, good_steps: int) -> None:
+        """Take up fp16's dynamic scale; in another precision, or from one (None), it starts as it does in a new run."""
+        if self.precision == "fp16" and scale is not None:
             self.loss_scale = scale
         self.good_steps = good_steps
 

@@ -96,7 +96,7 @@ class ZeroEngine(Engine):
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
-    def restore_loss_scale(self, scale: float, good_steps: int) -> None:
+    def restore_loss_scale(self, scale: float | None, good_steps: int) -> None:
         """As in Engine, and tells DeepSpeed."""
         super().restore_loss_scale(scale, good_steps)
         self._tell_loss_scale()

@@ -240,7 +240,7 @@ class Checkpointer:
         self.load_tensors(folder, manifest)
         engine = self.engine
         engine.state_was_written(state.optimizer_steps)
-        engine.restore_loss_scale(state.loss_scale, state.good_steps)
+        engine.restore_loss_scale(state.loss_scale if manifest.precision == "fp16" else None, state.good_steps)
         if manifest.precision != engine.precision:
             self.say(
                 f"precision changed since the checkpoint: {manifest.precision} -> {engine.precision}; weights are exact"
