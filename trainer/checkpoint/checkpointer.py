@@ -86,7 +86,7 @@ class Checkpointer:
         pieces = self.local_state()
         shapes = {piece.key: list(piece.shape) for piece in pieces}
         images = self.snapshot(pieces)
-        own = image_of(window_tensors(progress.window) | read_generators() | bytes_tensor(rank_state))
+        own = image_of(window_tensors(progress.window) | read_generators(engine.device) | bytes_tensor(rank_state))
         state = self.describe(progress)
         files = {} if rank else {STATE: state.model_dump_json(indent=1).encode(), **small_files}
         header = Manifest(
@@ -233,7 +233,7 @@ class Checkpointer:
             own = read_own(folder, manifest.world_size)
             is_same = self.is_same_topology(manifest, own)
             if is_same:
-                check_generators(folder, own[self.engine.rank].generators)
+                check_generators(folder, own[self.engine.rank].generators, self.engine.device)
         except CheckpointError as error:
             problem = str(error)
         self.raise_together(problem, CheckpointError)
@@ -279,7 +279,7 @@ class Checkpointer:
         """Whether this rank's random numbers can go on exactly: the same backend and ranks, and not from a GPU to a CPU."""
         engine = self.engine
         same = (manifest.backend, manifest.world_size) == (engine.backend, engine.world_size)
-        return same and own[engine.rank].generators.keys() == read_generators().keys()
+        return same and own[engine.rank].generators.keys() == read_generators(engine.device).keys()
 
     def restore_own(self, manifest: Manifest, own: list[Own], progress: Progress, *, is_same: bool) -> None:
         """Random numbers and open sums of this rank: exactly under the topology that saved them, else from (seed, step, rank)."""
@@ -288,7 +288,7 @@ class Checkpointer:
         windows = [of_rank.window for of_rank in own]
         if is_same:
             progress.window = read_window(windows[engine.rank])
-            write_generators(own[engine.rank].generators)
+            write_generators(own[engine.rank].generators, engine.device)
             return
         # The sums of all ranks, by one of them. The others hold zeros of the same quantities: all agree whether a window is open.
         sums = {key: 0.0 if engine.rank else sum(window[key] for window in windows) for key in windows[0]}

@@ -57,28 +57,28 @@ def read_rank(folder: Path, name: str) -> Own:
     if wrong:
         raise CheckpointError(f"{folder / name}: {wrong[0]} has another type or length than samestep writes")
     generators = {key: entry for key, entry in entries.items() if key.startswith(RANDOM)}
-    missing = read_generators().keys() - {CUDA} - generators.keys()
+    missing = read_generators(torch.device("cpu")).keys() - generators.keys()
     if missing:
         raise CheckpointError(f"{folder / name} lacks {min(missing)}")
     return Own({key: float(entry) for key, entry in sums.items()}, generators, bytes(task.tolist()))
 
 
-def check_generators(folder: Path, states: Mapping[str, Tensor]) -> None:
+def check_generators(folder: Path, states: Mapping[str, Tensor], device: torch.device) -> None:
     """CheckpointError where this process's generators cannot be put there; they stay where they are."""
-    before = read_generators()
+    before = read_generators(device)
     try:
-        write_generators(states)
-        wrong = [key for key, state in read_generators().items() if not torch.equal(state, states[key])]
+        write_generators(states, device)
+        wrong = [key for key, state in read_generators(device).items() if not torch.equal(state, states[key])]
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     finally:
-        write_generators(before)
+        write_generators(before, device)
     if wrong:
         raise CheckpointError(f"{folder}: its random number generators cannot be taken up ({wrong[0]})")
 
 
-def read_generators() -> dict[str, Tensor]:
-    """Name -> flat tensor; together they decide every number that is drawn later."""
+def read_generators(device: torch.device) -> dict[str, Tensor]:
+    """Name -> flat tensor; together they decide every number that is drawn later by a rank on `device`."""
     version, words, gauss = random.getstate()
     assert version == 3, version
     _, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
@@ -89,12 +89,12 @@ def read_generators() -> dict[str, Tensor]:
         "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "rng/torch": torch.get_rng_state(),  # bytes come after 8-byte numbers, which then stay aligned
     }
-    if torch.cuda.is_available():
-        states[CUDA] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states[CUDA] = torch.cuda.get_rng_state(device)
     return states
 
 
-def write_generators(states: Mapping[str, Tensor]) -> None:
+def write_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Put all generators where `read_generators` found them."""
     gauss = states["rng/python_gauss"].tolist()
     random.setstate((3, tuple(states["rng/python"].tolist()), gauss[0] if gauss else None))
@@ -104,8 +104,8 @@ def write_generators(states: Mapping[str, Tensor]) -> None:
     cached = states["rng/numpy_gauss"].item()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["rng/torch"])
-    if CUDA in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[CUDA])
+    if CUDA in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states[CUDA], device)
 
 
 def seed_generators(seed: int) -> None:

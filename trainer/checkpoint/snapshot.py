@@ -34,15 +34,15 @@ class Snapshots:
             "weights": [piece for piece in pieces if piece.kind in (WEIGHT, BUFFER)],
             "optimizer": [piece for piece in pieces if piece.kind not in (WEIGHT, BUFFER)],
         }
-        on_gpu = any(piece.values.device.type != "cpu" for piece in pieces)
+        devices = {piece.values.device for piece in pieces if piece.values.device.type != "cpu"}
         for kind, members in by_file.items():
             members.sort(key=lambda piece: -piece.values.dtype.itemsize)  # so that every entry is aligned
             layout = [(entry_key(p.key, p.start), p.values.dtype, p.values.numel()) for p in members]
-            views = self._image(kind, layout, pinned=on_gpu and torch.cuda.is_available()).views
+            views = self._image(kind, layout, pinned=bool(devices) and torch.cuda.is_available()).views
             for piece in members:
                 views[entry_key(piece.key, piece.start)].copy_(piece.values.reshape(-1), non_blocking=True)
-        if on_gpu:
-            torch.accelerator.synchronize()
+        for device in devices:
+            torch.accelerator.synchronize(device)
         return dict(self.images)
 
     def _image(self, kind: str, layout: Layout, *, pinned: bool) -> ShardImage:
