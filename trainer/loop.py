@@ -113,6 +113,8 @@ class Trainer:
         """Checkpoint the state after this step; returns once it is copied. Collective."""
         progress = self.progress
         metric = self.metric if progress.evaluated_step == progress.step else None
+        self.engine.heartbeat.beat(f"reading the data of step {progress.step + 1}")
+        self.prefetch.settle()
         files, state = self.output.small_files(progress.step), self.task.rank_state(progress.step)
         self.checkpoints.save(progress, files, metric=metric, rank_state=state)
 
@@ -251,8 +253,7 @@ class Trainer:
             return
         counts = dict(zip(names, rest, strict=True))
         progress.num_tokens += int(counts.get("tokens", 0))
-        loss = loss_sum / num_targets
-        seconds = max(window.elapsed_s, 1e-9)
+        loss, seconds = loss_sum / num_targets, max(window.elapsed_s, 1e-9)
         values = {
             "epoch": round(progress.step / self.task.steps_per_epoch, 4),
             "train/loss": loss,
@@ -296,5 +297,4 @@ class Trainer:
         if self.checkpoints.saved_step != progress.step:
             self.save()
         self.checkpoints.wait()
-        end = self.output.stopped if stopped else self.output.report
-        end(progress)
+        (self.output.stopped if stopped else self.output.report)(progress)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -124,6 +125,22 @@ def test_another_number_of_ranks_is_refused(root: Path, tmp_path: Path) -> None:
     seen = start(config, "single", 1)
     assert seen is not None
     assert "goes on only on 2 rank(s)" in seen[0]["error"]
+
+
+def test_a_state_behind_steps_that_were_left_out_stands_behind_their_rows(root: Path, tmp_path: Path) -> None:
+    def read(task: LiveTask, step: int) -> list[list[int]]:
+        return [
+            row
+            for ids in np.split(task.global_batch(step), 3)
+            for row in task.training_batch(ids)["input_ids"].tolist()
+        ]
+
+    whole, left_out = (LiveTask(make_config(root, tmp_path / "run"), 0, 1) for _ in range(2))
+    rows = [read(whole, step) for step in range(5)]
+    assert [read(left_out, step) for step in (0, 1)] == rows[:2]
+    again = LiveTask(make_config(root, tmp_path / "run"), 0, 1)
+    again.restore_rank_state(4, left_out.rank_state(4))  # a save right after steps 2 and 3, which a rollback left out
+    assert read(again, 4) == read(left_out, 4) == rows[4]
 
 
 def test_a_stream_that_ends_or_lacks_its_column_is_an_error(root: Path, tmp_path: Path) -> None:

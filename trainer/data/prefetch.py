@@ -29,6 +29,11 @@ class Prefetch(Generic[Made]):
         self.step, self.pending = step + 1, self.reader.submit(self.make, step + 1)
         return made
 
+    def settle(self) -> None:
+        """Wait until nothing is being read; what was read ahead is kept, an error too."""
+        if self.pending is not None:
+            self.pending.exception()
+
     def drop(self) -> None:
         """Forget what was read ahead, and wait until nothing is being read."""
         pending, self.pending = self.pending, None

@@ -81,15 +81,21 @@ class LiveTask(LanguageTask):
             self.restore_rank_state(step, json.dumps(self.states[step]).encode())
         if step == self.next_step - 1:
             return
-        assert step >= self.next_step, f"step {step} was read before and is not kept"
-        while self.next_step < step:  # left out by a rollback
-            self.rows.take(len(rank_share(self.global_batch(self.next_step), self.rank, self.world_size)))
-            self.next_step += 1
+        self.read_past(step)
         self.states[step] = self.rows.state()
         self.states = {kept: state for kept, state in self.states.items() if kept > step - KEPT_STATES}
         self.next_step = step + 1
 
+    def read_past(self, step: int) -> None:
+        """Drop the rows of steps before `step`, which a rollback left out."""
+        assert step >= self.next_step, f"step {step} was read before and is not kept"
+        while self.next_step < step:
+            self.rows.take(len(rank_share(self.global_batch(self.next_step), self.rank, self.world_size)))
+            self.next_step += 1
+
     def rank_state(self, step: int) -> bytes:
+        if step not in self.states:
+            self.read_past(step)
         state = self.states[step] if step in self.states else self.rows.state()
         return json.dumps({"world_size": self.world_size, **state}).encode()
 

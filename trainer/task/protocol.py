@@ -74,7 +74,10 @@ class Task(Protocol):
         """CPU tensors of these samples, `labels` among them; without ids a dummy sample whose labels are all -100."""
 
     def rank_state(self, step: int) -> bytes:
-        """What this rank needs to read on from 0-based `step`; empty for data that is a function of the step."""
+        """What this rank needs to read on from 0-based `step`; empty for data that is a function of the step.
+
+        Not while another thread reads.
+        """
 
     def restore_rank_state(self, step: int, state: bytes) -> None:
         """The reverse, on the rank that made it. CheckpointError for a state of another number of ranks."""
