@@ -21,9 +21,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from trainer.config import FullConfig, HeadConfig, LoraConfig, OptimConfig, RunConfig
+from trainer.config import FullConfig, HeadConfig, LoraConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.model.methods import apply_method
-from trainer.optim import build_optimizer, lr_at, parameter_groups, peak_lr
+from trainer.optim import build_optimizer, count_steps, lr_at, parameter_groups, peak_lr
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 PADDED = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -58,6 +58,11 @@ def test_schedule_is_transformers_one_step_ahead(schedule: Any, peer: Any, total
         assert rate(step, total_steps=total, schedule=schedule, warmup_fraction=fraction) == pytest.approx(
             expected, abs=1e-15
         )
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 110), (1.101, 111), (2, 200), (0.001, 1), (1e-12, 1)])
+def test_a_part_of_an_epoch_has_its_share_of_the_steps_rounded_up(epochs: float, steps: int) -> None:
+    assert count_steps(TrainConfig(num_epochs=epochs), 100) == steps
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

@@ -47,7 +47,7 @@ def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     if train.max_steps is not None:
         return train.max_steps
     assert train.num_epochs is not None, "TrainConfig checks that one of them is set"
-    return math.ceil(train.num_epochs * steps_per_epoch)
+    return max(math.ceil(train.num_epochs * steps_per_epoch - 1e-9), 1)  # 1.1 * 100 is a little more than 110
 
 
 def lr_of_step(step: int, total_steps: int, config: RunConfig) -> float:
