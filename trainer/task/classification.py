@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,7 +97,7 @@ class ClassificationTask:
         return {}
 
     def usage(self, folder: Path) -> str:
-        return f'samestep predict {folder} "your text"'
+        return f'samestep predict {quote(str(folder))} "your text"'
 
     @cached_property
     def varied(self) -> VariedBatches | None:

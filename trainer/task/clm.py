@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 import numpy as np
@@ -71,8 +72,8 @@ class LanguageTask(ABC):
         return {"sequence_length": self.sequence_length}
 
     def usage(self, folder: Path) -> str:
-        call = f"pipeline('text-generation', '{folder / 'model'}')('your text')"
-        return f'python -c "from transformers import pipeline; print({call})"'
+        call = f'pipeline("text-generation", {json.dumps(str(folder / "model"), ensure_ascii=False)})("your text")'
+        return f"python -c {quote(f'from transformers import pipeline; print({call})')}"
 
     def global_batch(self, step: int) -> np.ndarray:
         size = self.config.train.global_batch_size

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class InstructTask(LanguageTask):
         return {**super().model_info(), "stop_token_ids": self.stop, "turns_before": before}
 
     def usage(self, folder: Path) -> str:
-        return f'samestep predict {folder} --chat "your question"'
+        return f'samestep predict {quote(str(folder))} --chat "your question"'
 
     def identity(self) -> dict[str, str]:
         digest = hashlib.sha256()

@@ -1,7 +1,9 @@
 """Objectives beside the next token, on rows of token datasets: masked tokens, pairs, spans, permuted order (trainer/data/objectives)."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 import numpy as np
@@ -78,10 +80,10 @@ class ObjectiveTask(clm.ClmTask):
 
     def usage(self, folder: Path) -> str:
         if self.settings.objective == "plm":  # finds tokens in any order, which `samestep predict` has no question for
-            call = f"XLNetLMHeadModel.from_pretrained('{folder / 'model'}')"
-            return f'python -c "from transformers import XLNetLMHeadModel; print({call})"'
+            call = f"XLNetLMHeadModel.from_pretrained({json.dumps(str(folder / 'model'), ensure_ascii=False)})"
+            return f"python -c {quote(f'from transformers import XLNetLMHeadModel; print({call})')}"
         text = f"The {self.tokenizer.mask_token} of a function." if self.vocabulary.mask >= 0 else "your text"
-        return f'samestep predict {folder} "{text}"'
+        return f'samestep predict {quote(str(folder))} "{text}"'
 
     # Batches
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,7 +75,7 @@ class QuestionAnsweringTask:
         return {}
 
     def usage(self, folder: Path) -> str:
-        return f'samestep predict {folder} --context "your text" "your question"'
+        return f'samestep predict {quote(str(folder))} --context "your text" "your question"'
 
     def global_batch(self, step: int) -> np.ndarray:
         return self.batches.at(step)

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Seq2SeqTask(LanguageTask):
         return {"max_length": self.settings.max_length, "prefix": self.settings.prefix}
 
     def usage(self, folder: Path) -> str:
-        return f'samestep predict {folder} "your text"'
+        return f'samestep predict {quote(str(folder))} "your text"'
 
     def identity(self) -> dict[str, str]:
         digest = hashlib.sha256()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class TokenClassificationTask:
         return {}
 
     def usage(self, folder: Path) -> str:
-        return f'samestep predict {folder} "your text"'
+        return f'samestep predict {quote(str(folder))} "your text"'
 
     def global_batch(self, step: int) -> np.ndarray:
         return self.batches.at(step)

@@ -1,0 +1,47 @@
+"""The command that a finished run shows works for any name of its directory."""
+
+import ast
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainer.task.classification import ClassificationTask
+from trainer.task.clm import ClmTask
+from trainer.task.instruct import InstructTask
+from trainer.task.objective import ObjectiveTask
+from trainer.task.question_answering import QuestionAnsweringTask
+from trainer.task.seq2seq import Seq2SeqTask
+from trainer.task.token_classification import TokenClassificationTask
+
+FOLDER = Path('my runs/Ann\'s "best" $1')
+MASKED, PERMUTED = (
+    SimpleNamespace(
+        settings=SimpleNamespace(objective=objective),
+        tokenizer=SimpleNamespace(mask_token="[MASK]"),
+        vocabulary=SimpleNamespace(mask=0),
+    )
+    for objective in ("mlm", "plm")
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "state"),
+    [
+        *((task, None) for task in (ClassificationTask, TokenClassificationTask, QuestionAnsweringTask)),
+        *((task, None) for task in (Seq2SeqTask, InstructTask)),
+        (ObjectiveTask, MASKED),
+    ],
+)
+def test_a_shell_reads_the_folder_as_one_word(task: Any, state: Any) -> None:
+    assert shlex.split(task.usage(state, FOLDER))[:3] == ["samestep", "predict", str(FOLDER)]
+
+
+@pytest.mark.parametrize(("task", "state"), [(ClmTask, None), (ObjectiveTask, PERMUTED)])
+def test_a_shell_and_python_read_the_models_folder_as_one_text(task: Any, state: Any) -> None:
+    python, option, code = shlex.split(task.usage(state, FOLDER))
+    assert (python, option) == ("python", "-c")
+    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert str(FOLDER / "model") in texts
