@@ -1,4 +1,4 @@
-"""Logits of a whole split, each example counted once under any number of ranks."""
+"""What evaluation gathers: logits of a whole split, each example counted once under any number of ranks; what went wrong on a rank."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,3 +34,16 @@ def evaluate_logits(
                 inputs.pop(name, None)
             logits[torch.from_numpy(share)] = forward(inputs).logits[: len(share)].double().cpu()
     return engine.sum_array_over_ranks(logits).numpy()
+
+
+TEXT_BYTES = 2000
+"""Of a message that a rank tells the others."""
+
+
+def texts_of_ranks(text: str, engine: Engine) -> list[str]:
+    """The text of each rank, the first TEXT_BYTES of it. Collective: one all-reduce."""
+    content = text.encode(errors="replace")[:TEXT_BYTES]
+    table = torch.zeros(engine.world_size, TEXT_BYTES)
+    table[engine.rank, : len(content)] = torch.tensor(list(content), dtype=torch.float32)
+    rows = engine.sum_array_over_ranks(table).to(torch.uint8).numpy()
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]

@@ -56,8 +56,8 @@ def test_every_format_gives_the_same_pairs(suffix: str, tmp_path: Path) -> None:
             {"text": "x", "target": "a \ud83d"},
             "column target holds half of a surrogate pair, which is no character: 'a \\ud83d'",
         ),
-        ("not json", "not JSON: Expecting value at column 1"),
-        ("[1]", "a JSON list where an object must be"),
+        ("not json", "not JSON: Expecting value at column 1 (it holds 'not json')"),
+        ("[1]", "a JSON list where an object must be (it holds '[1]')"),
     ],
 )
 def test_a_row_that_is_no_pair_is_named_with_its_line(row: Any, message: str, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ BAD = [
     ({"text": ["x"], "label": "a"}, "wrong type", "the text is a list: ['x']"),
     ({"text": "x", "label": ["a"]}, "wrong type", "a label must be a word or an integer, not ['a']"),
     ({"text": "x", "label": 0.5}, "wrong type", "a label must be a word or an integer, not 0.5"),
-    (["x", "a"], "malformed row", "a JSON list where an object must be"),
+    (["x", "a"], "malformed row", 'a JSON list where an object must be (it holds \'["x", "a"]\')'),
 ]
 
 

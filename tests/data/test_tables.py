@@ -95,7 +95,7 @@ def test_lines_that_are_no_json_object_are_malformed(tmp_path: Path) -> None:
     table = read(tmp_path, "x.jsonl", content)
     assert [row.line for row in table.malformed] == [2, 4, 5]
     assert table.malformed[0].reason.startswith("not JSON: Expecting value at column")
-    assert table.malformed[1].reason == "a JSON list where an object must be"
+    assert table.malformed[1].reason == "a JSON list where an object must be (it holds '[1]')"
     assert table.lines == [1]
 
 

@@ -33,8 +33,6 @@ from trainer.backend.wrap import autocast, is_dtensor, strip_wrapper
 
 INITIAL_LOSS_SCALE = 2.0**16  # fp16 only, as in torch.amp.GradScaler
 LOSS_SCALE_GROWTH_EVERY = 2000  # good steps before the scale doubles
-TEXT_BYTES = 2000
-"""Of a message that a rank tells the others."""
 
 
 class NoRoomError(Exception):
@@ -148,14 +146,6 @@ class Engine:
         tensor = array.to(self.device)
         dist.all_reduce(tensor)
         return tensor.cpu()
-
-    def texts_of_ranks(self, text: str) -> list[str]:
-        """The text of each rank, the first TEXT_BYTES of it. Collective: one all-reduce."""
-        content = text.encode(errors="replace")[:TEXT_BYTES]
-        table = torch.zeros(self.world_size, TEXT_BYTES)
-        table[self.rank, : len(content)] = torch.tensor(list(content), dtype=torch.float32)
-        rows = self.sum_array_over_ranks(table).to(torch.uint8).numpy()
-        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from trainer.data.batches import IGNORED, rank_share
 from trainer.data.objectives.vocabulary import is_byte_level
 from trainer.data.stream.open import Streams, open_streams
 from trainer.errors import ConfigError, DataError
+from trainer.evaluate import texts_of_ranks
 from trainer.loss import token_losses
 from trainer.model.architecture import load_architecture
 from trainer.model.vocabulary import check_next_tokens
@@ -127,7 +128,7 @@ class LanguageTask(ABC):
         except DataError as error:
             problem = f"{error} (found by rank {engine.rank})" if engine.world_size > 1 else str(error)
         if engine.sum_over_ranks([float(bool(problem))])[0]:
-            raise DataError(next(filter(None, engine.texts_of_ranks(problem))))
+            raise DataError(next(filter(None, texts_of_ranks(problem, engine))))
         return batch
 
     def row_sums(self, outputs: Outputs, batch: Batch) -> Tensor:
