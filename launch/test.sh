@@ -34,7 +34,7 @@ install_missing_packages() {
 }
 
 selection="not slow and not all"
-workers=(--numprocesses=2 --dist=loadfile) # most of a test's time it waits for ranks to start; the slow ones measure time, and run alone
+workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder) # most of a test's time it waits for ranks to start; the slow ones measure time, and run alone
 case ${1-} in
   --slow) selection="slow and not all" workers=() && shift ;;
   --all) selection="all" workers=() && shift ;;

@@ -17,7 +17,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 MODELS: dict[str, PretrainedConfig] = {
     "mlm": BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "mlm_nsp": BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "mlm_sop": AlbertConfig(embedding_size=16, **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "mlm_sop": AlbertConfig(embedding_size=16, **SMALL, classifier_dropout_prob=0.0),
     "span_corruption": T5Config(
         d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=0.0
     ),
