@@ -1,6 +1,8 @@
 """The chat template that a model brings: targets, refusals, limits; and SmolLM2's real one."""
 
 import functools
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -78,6 +80,33 @@ def test_the_time_limit_holds_in_any_thread_and_spares_what_is_fast() -> None:
     thread.start()
     thread.join(timeout=20)
     assert ended == ["interrupted", "fast", "not interrupted later"]
+
+
+TRACED = """
+import sys
+from trainer.data.time_limit import TooSlowError, time_limit
+
+def trace(frame, event, argument):
+    return trace
+
+def calls():
+    return sum(int(number) for number in range(100))
+
+sys.settrace(trace)
+for seconds in (10, 0.05):
+    try:
+        with time_limit(seconds):
+            calls() if seconds > 1 else sum(1 for _ in iter(int, 1))
+    except TooSlowError:
+        print("interrupted")
+    print(calls())
+"""
+
+
+def test_the_time_limit_works_under_a_debugger() -> None:
+    """A request that is taken back (PyThreadState_SetAsyncExc with null) has Python 3.11 look for it for ever while it traces."""
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["4950", "interrupted", "4950"], done.stderr
 
 
 REWRITING = (
@@ -187,7 +216,7 @@ def test_smollm2s_own_template_gives_the_tokens_of_apply_chat_template(turns: li
     conversation = Conversation(tuple(turns), "here")
     (sample,) = encode([(conversation, 0)], load_format("auto", real), real, InstructData(max_length=4000))
     assert sample is not None
-    assert sample.ids.tolist() == real.apply_chat_template(messages)["input_ids"]
+    assert [*sample.ids.tolist(), *real("\n")["input_ids"]] == real.apply_chat_template(messages)["input_ids"]
     if sample.straddles:  # white space at the beginning of an answer joined the prompt's: the gate refuses it
         assert any(turn.content[0].isspace() for turn in turns if turn.role == "assistant")
         return
