@@ -63,9 +63,13 @@ def count_hidden(batch_size: int) -> int:
 def digest_of_samples(batch: Batch) -> int:
     """64 bits from the tokens of every sample, their order inside it, and nothing else: padding does not count."""
     ids = batch["input_ids"].numpy()
-    mask = batch["attention_mask"].numpy() if "attention_mask" in batch else np.ones_like(ids)
+    held = np.ones(ids.shape, bool)
+    if "attention_mask" in batch:
+        held = batch["attention_mask"].numpy() != 0
+    elif "num_tokens" in batch:  # rows of conversations or documents, padded at the end
+        held = np.arange(ids.shape[1]) < batch["num_tokens"].numpy()[:, None]
     places = np.arange(1, ids.shape[1] + 1, dtype=np.uint64) * GOLDEN_GAMMA
-    words = np.where(mask != 0, mix_words(ids.astype(np.uint64) + places), np.uint64(0))
+    words = np.where(held, mix_words(ids.astype(np.uint64) + places), np.uint64(0))
     return int(mix_words(words.sum(axis=1, dtype=np.uint64)).sum(dtype=np.uint64))
 
 
