@@ -127,7 +127,10 @@ def test_sample_digest_depends_on_tokens_but_not_on_padding_or_on_who_reads_what
     assert digest([1, 2, 3], [4, 5]) == digest([4, 5], [1, 2, 3], width=7)
     assert digest([1, 2, 3], [4, 5]) == (digest([1, 2, 3]) + digest([4, 5])) % 2**64
     assert digest([1, 2]) == digest_of_samples({"input_ids": torch.tensor([[1, 2]])})
-    padded = {"input_ids": torch.tensor([[1, 2, 0, 0]]), "num_tokens": torch.tensor([2])}  # as rows of conversations are
+    padded = {
+        "input_ids": torch.tensor([[1, 2, 0, 0]]),
+        "num_tokens": torch.tensor([2]),
+    }  # as rows of conversations are
     assert digest([1, 2]) == digest_of_samples(padded)
     assert len({digest([1, 2]), digest([2, 1]), digest([1, 2, 2]), digest([1], [2]), digest([1, 3])}) == 5
 
