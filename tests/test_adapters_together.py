@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.exported_runs import ADAPTER, command, export_clm, llama_base, varied
 from tests.test_predict import TEXTS, export_run
 from tests.tiny import tiny_bert
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DataError
 from trainer.model.export import load_exported
 from trainer.predict.adapters import AdapterGenerator, AdapterPredictor
 from trainer.predict.answer import PredictOptions, open_answerer
@@ -146,6 +146,9 @@ def test_each_adapter_writes_as_it_does_alone(method: str, mixes: bool, how: dic
     texts = ["w3 w4", "w9 w8 w7 w6", "w1"]
     together = AdapterGenerator(runs, options)
     assert together.mixes == mixes
+    with pytest.raises(DataError, match=r"text 2 .* shorten the text"):
+        together.answer([("w1", "a.1"), ("w1 " * 200, "a.1")])
+    together = AdapterGenerator(runs, options)  # sampling counts texts
     requests = [(text, name) for text in texts for name in runs]
     written = [answer.facts["generated"] for answer in together.answer(requests)]
     alone = {

@@ -125,13 +125,13 @@ class AdapterGenerator(SharedBase):
     def _answer_mixed(self, requests: Sequence[tuple[str, str]]) -> list[Answer]:
         """Batches of similar length, whatever their adapters."""
         check_texts([text for text, _ in requests])
-        asked = [self.answerers[name].prompts([text]) for text, name in requests]
-        numbers = [self.answerers[name].numbers(1)[0] for _, name in requests]
+        asked = self.answer_in_turns(requests, lambda name, texts: self.answerers[name].numbered_prompts(texts))
+        prompts, numbers = [prompt for prompt, _, _ in asked], [number for _, _, number in asked]
         names = [self.inner[name] for _, name in requests]
-        written = next(iter(self.answerers.values())).write([prompt for (prompt,), _ in asked], numbers, names)
+        written = next(iter(self.answerers.values())).write(prompts, numbers, names)
         return [
             self.answerers[name].told(text, made, is_cut=is_cut)
-            for (text, name), made, (_, (is_cut,)) in zip(requests, written, asked, strict=True)
+            for (text, name), made, (_, is_cut, _) in zip(requests, written, asked, strict=True)
         ]
 
 

@@ -156,14 +156,17 @@ class Generator:
     def answer(self, texts: Sequence[str]) -> list[Answer]:
         """What is written to each text, in their order. DataError for a text that is empty, or too long for a model without encoder."""
         check_texts(texts)
-        prompts, is_cut = self.prompts(texts)
-        written = self.write(prompts, self.numbers(len(texts)))
-        return [self.told(text, made, is_cut=cut) for text, made, cut in zip(texts, written, is_cut, strict=True)]
+        asked = self.numbered_prompts(texts)
+        written = self.write([prompt for prompt, _, _ in asked], [number for _, _, number in asked])
+        return [
+            self.told(text, made, is_cut=cut) for text, made, (_, cut, _) in zip(texts, written, asked, strict=True)
+        ]
 
-    def numbers(self, count: int) -> range:
-        """Of the next texts, by which sampling draws."""
-        self.num_answered += count
-        return range(self.num_answered - count, self.num_answered)
+    def numbered_prompts(self, texts: Sequence[str]) -> list[tuple[Tensor, bool, int]]:
+        """Of each text, the next to be answered: its tokens, whether its end was cut off, and the number by which sampling draws."""
+        prompts, cuts = self.prompts(texts)
+        first, self.num_answered = self.num_answered, self.num_answered + len(texts)
+        return list(zip(prompts, cuts, range(first, self.num_answered), strict=True))
 
     def write(
         self, prompts: Sequence[Tensor], numbers: Sequence[int], adapter_names: Sequence[str] | None = None
