@@ -165,7 +165,8 @@ def tiny_source(recipe: str, folder: Path) -> list[str]:
 def test_recipes_take_the_same_steps_on_two_processes(
     recipe: str, backend: str, settings: tuple[str, ...], tmp_path: Path
 ) -> None:
-    parity(recipe, "--backends", backend, "--processes", "2", *settings, *tiny_source(recipe, tmp_path))
+    screen = parity(recipe, "--backends", backend, "--processes", "2", *settings, *tiny_source(recipe, tmp_path))
+    assert f"{backend} x2" in screen
 
 
 @pytest.mark.all
@@ -174,4 +175,5 @@ def test_recipes_take_the_same_steps_on_ddp_fsdp_and_zero2(
     recipe: str, settings: tuple[str, ...], tmp_path: Path
 ) -> None:
     backends = ("--backends", "ddp,fsdp,zero2", "--processes", "2")
-    parity(recipe, *backends, *settings, *tiny_source(recipe, tmp_path))
+    screen = parity(recipe, *backends, *settings, *tiny_source(recipe, tmp_path))
+    assert [name for name in ("ddp x2", "fsdp x2", "zero2 x2") if name not in screen] == []
