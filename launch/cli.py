@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(error_text(error), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if (
-            error.filename is None
-        ):  # a path that cannot be read or written is the user's to fix, a torn connection is not
+        if error.filename is None:  # a path is the user's to correct, a torn connection is not
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

@@ -88,16 +88,15 @@ def weight_files(location: str) -> list[Path]:
 
 def check_index(location: str) -> None:
     """ConfigError where a local folder's index, if it is read, names files elsewhere: transformers opens whatever it names."""
-    for name in (
+    places = (
         SAFE_WEIGHTS_NAME,
         SAFE_WEIGHTS_INDEX_NAME,
         WEIGHTS_NAME,
         WEIGHTS_INDEX_NAME,
-    ):  # the first that is there
-        if (file := Path(location) / name).is_file():
-            if name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-                files_of_index(file)
-            return
+    )  # as transformers prefers them
+    read = next((file for name in places if (file := Path(location) / name).is_file()), None)
+    if read is not None and read.name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        files_of_index(read)
 
 
 def files_of_index(index: Path) -> list[Path]:

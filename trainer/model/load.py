@@ -116,9 +116,10 @@ def load_weights(
     try:
         if model.init == "random":
             return loader.from_config(architecture, **options), ()
-        check_index(model_location(model.source))
+        location = model_location(model.source)
+        check_index(location)
         loaded, report = loader.from_pretrained(
-            model_location(model.source),
+            location,
             config=architecture,
             ignore_mismatched_sizes=True,  # a head of another label set is replaced; anything else is refused below
             output_loading_info=True,
@@ -135,7 +136,7 @@ def load_weights(
     check_loaded(model, loaded, new_names, mismatched)
     keep_layout(loaded)
     if quantization is not None:
-        note_files(loaded, model_location(model.source))
+        note_files(loaded, location)
     return loaded, new_names
 
 
