@@ -39,7 +39,10 @@ def show(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write it as a picture (.png).")] = None,
     augment: Annotated[
-        bool, typer.Option("--augment", help="A training sentence before and after each kind of data.augment.kinds.")
+        bool,
+        typer.Option(
+            "--augment", help="Of a recipe on labelled sentences: one before and after each kind of data.augment.kinds."
+        ),
     ] = False,
 ) -> None:
     """Print sample K as the recipe would see it: its source, shard and row, each document's text, and what is to be found.

@@ -2,7 +2,7 @@
 # The README's first command: from a fresh machine to a trained adapter, its metrics and its run directory.
 #
 #   bash launch/demo.sh
-#   bash launch/demo.sh train.seed=1        # arguments go to the recipe
+#   bash launch/demo.sh train.seed=1 name=seed1   # arguments go to the recipe
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 

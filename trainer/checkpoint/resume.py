@@ -1,7 +1,7 @@
 """Whether a run starts, continues or has ended, from its folder and its settings alone. Imports no torch, writes nothing.
 
 One process decides and tells the others. A setting that would change what is trained must be what it was (`must_match`); others
-(`may_change`, marked in config.py) may differ from start to start.
+(`may_change`, marked in trainer/config) may differ from start to start.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Every setting of a run: frozen, typed, documented, checked before any model loads.
 
-First stop of the flow recipe -> config -> builders -> loop. Values arrive here from trainer/resolve.py in three layers:
+First stop of the flow recipe -> config -> builders -> loop. Values arrive here from trainer/resolve in three layers:
 recipe defaults < --config YAML < section.key=value. A config never changes after it is built and never fills itself in.
 Precision, sharding and process count are not here: they belong to the accelerate configuration.
 """
