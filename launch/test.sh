@@ -2,7 +2,7 @@
 # The README's second command: sets up, checks style and types, runs the tests. People and CI use this one script.
 #
 #   bash launch/test.sh                      # everything but tests marked slow or all: under 20 minutes on 2 cores
-#   bash launch/test.sh --slow               # only tests marked slow
+#   bash launch/test.sh --slow               # only tests marked slow: about 40 minutes
 #   bash launch/test.sh --all                # tests marked all, which CI has no time for, and alone: the README's support matrix anew
 #   bash launch/test.sh tests/data -k sst    # further arguments go to pytest; -n 0 for one process, as a debugger needs
 set -euo pipefail
@@ -34,7 +34,8 @@ install_missing_packages() {
 }
 
 selection="not slow and not all"
-workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder) # most of a test's time it waits for ranks to start; the slow ones measure time, and run alone
+two=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder) # most of a test's time it waits for ranks to start
+workers=("${two[@]}")
 case ${1-} in
   --slow) selection="slow and not all" workers=() && shift ;;
   --all) selection="all" workers=() && shift ;;
@@ -46,6 +47,10 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff format --check .
 ruff check --quiet .
 mypy
+if [[ $selection == slow* && $# == 0 ]]; then
+  python -m pytest "${two[@]}" -m "$selection" --ignore=tests/slurm
+  exec python -m pytest -m "$selection" tests/slurm # one cluster at a time, and its limit is one of time
+fi
 if [[ $selection != all || $# != 0 ]]; then exec python -m pytest "${workers[@]}" -m "$selection" "$@"; fi
 python -m pytest -m all --ignore=tests/distributed/test_methods.py
 rm -f tests/distributed/support.json # so that a cell that fails now does not stay "tested"
