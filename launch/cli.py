@@ -24,7 +24,7 @@ from launch.submit import cancel, submit
 from launch.template import template_app
 from launch.vocabulary import data_app
 from trainer.errors import ConfigError, SamestepError
-from trainer.resolve import error_text, json_schema
+from trainer.resolve import end_quickly, error_text, json_schema
 
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "recipes" / "configs" / "schema.json"
 
@@ -54,6 +54,7 @@ Precision = Annotated[str, typer.Option(help="no (fp32), bf16 or fp16 (GPU only)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console entry point: runs one command and exits, with 2 and no traceback for a user's mistake."""
+    end_quickly()
     try:
         app(args=None if argv is None else list(argv), prog_name="samestep")
     except SamestepError as error:

@@ -5,7 +5,7 @@ fields (the table of settings) <- values, layers, suggest (what was written) <- 
 """
 
 from trainer.resolve.build import Attempt, Resolved, load_config, resolve, try_resolve
-from trainer.resolve.entry import error_text, run_recipe
+from trainer.resolve.entry import end_quickly, error_text, run_recipe
 from trainer.resolve.schema import json_schema
 from trainer.resolve.show import config_to_yaml
 
@@ -13,6 +13,7 @@ __all__ = [
     "Attempt",
     "Resolved",
     "config_to_yaml",
+    "end_quickly",
     "error_text",
     "json_schema",
     "load_config",
