@@ -22,7 +22,7 @@ from launch.starts import (
     newest_written,
     note_start,
     outcome_of,
-    read_starts,
+    own_starts,
 )
 from trainer.checkpoint.resume import OUTCOME, decide_start
 from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
@@ -84,7 +84,9 @@ def end(
 ) -> None:
     """Print finished, cancelled, failed, stuck or requeue; why, on the error stream."""
     state = job_state(os.environ)
-    verdict, why = decide(run, read_starts(run), max_restarts=max_restarts, job_state=state, has_trained=not unready)
+    verdict, why = decide(
+        run, own_starts(run, os.environ), max_restarts=max_restarts, job_state=state, has_trained=not unready
+    )
     if verdict == "cancelled":
         (run / JOBS / CANCELLED).unlink(missing_ok=True)
     (run / STOP_FILE).unlink(missing_ok=True)  # a signal may have come after training had ended

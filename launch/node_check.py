@@ -12,15 +12,17 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from launch.starts import JobStart, read_starts
+from launch.starts import own_starts
+from trainer.checkpoint.store import CHECKPOINTS, list_checkpoints
 from trainer.errors import ConfigError
 from trainer.run_folder import JOBS
 from trainer.versions import library_versions
@@ -59,11 +61,12 @@ def check_nodes(
     """0, or EXIT_CODE on all nodes where something is missing; the first one prints what. Every node of the job calls it once."""
     number = int(environ.get("SLURM_NODEID", "0"))
     try:
-        start, facts = read_starts(run)[-1], own_facts(number, run)
+        start, facts = own_starts(run, environ)[-1], own_facts(number, run)
         board = Board(run / JOBS / f"check-{start.job}-{start.number:03d}", limit_s)
         if number > 0:
             return answer(board, facts, address, port, environ=environ)
-        return ask(board, start, facts, (address, port), ranks_per_node=ranks_per_node, environ=environ)
+        room = Room(start.checkpoint_bytes, num_needed=2 if len(list_checkpoints(run / CHECKPOINTS)) < 2 else 1)
+        return ask(board, facts, (address, port), room, ranks_per_node=ranks_per_node, environ=environ)
     except (OSError, ConfigError) as error:
         place = getattr(error, "filename", None) or run / JOBS
         print(
@@ -76,9 +79,9 @@ def check_nodes(
 
 def ask(
     board: "Board",
-    start: JobStart,
     facts: Mapping[str, Any],
     place: tuple[str, int],
+    room: "Room",
     *,
     ranks_per_node: int,
     environ: Mapping[str, str],
@@ -91,10 +94,18 @@ def ask(
         nodes = [Node(**facts, num_gpus=counting.result()), *others]
     gpus = ranks_per_node if int(environ.get("SLURM_GPUS_ON_NODE") or 0) else 0
     problems = [problem] if problem else []
-    problems += problems_of(nodes, count, gpus=gpus, needed=2 * start.checkpoint_bytes)
+    problems += problems_of(nodes, count, gpus=gpus, room=room)
     show(nodes, problems)
     board.write("verdict", {"code": EXIT_CODE if problems else 0})
     return EXIT_CODE if problems else 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the disk must take: the two checkpoints that a run keeps, or where they lie there the next one."""
+
+    checkpoint_bytes: float
+    num_needed: int
 
 
 class Board:
@@ -137,11 +148,21 @@ def opened_port(address: str, port: int) -> Iterator[str]:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("", port))
             server.listen(64)
+            Thread(
+                target=take_calls, args=(server,), daemon=True
+            ).start()  # or the 66th node would find no place in the queue
             socket.getaddrinfo(address, port)
         except OSError as error:
             reason = error.strerror or error
             problem = f"the first node cannot open {address}:{port}: {reason}; another program may hold it, or the name does not resolve"
         yield problem
+
+
+def take_calls(server: socket.socket) -> None:
+    """Answer and hang up, until the socket is closed."""
+    with suppress(OSError):
+        while True:
+            server.accept()[0].close()
 
 
 def answer(board: Board, facts: dict[str, Any], address: str, port: int, *, environ: Mapping[str, str]) -> int:
@@ -208,8 +229,8 @@ def why_unreachable(address: str, port: int) -> str:
     return ""
 
 
-def problems_of(nodes: Sequence[Node], count: int, *, gpus: int, needed: float) -> list[str]:
-    """What keeps these nodes from training together, each with its fix. gpus: asked for on each; needed: bytes for two checkpoints."""
+def problems_of(nodes: Sequence[Node], count: int, *, gpus: int, room: Room) -> list[str]:
+    """What keeps these nodes from training together, each with its fix. gpus: asked for on each."""
     problems = []
     missing = sorted(set(range(count)) - {node.number for node in nodes})
     if missing:
@@ -220,10 +241,11 @@ def problems_of(nodes: Sequence[Node], count: int, *, gpus: int, needed: float) 
     first = nodes[0]
     for node in nodes:
         problems += node_problems(node, first, gpus)
+    needed = room.num_needed * room.checkpoint_bytes
     if first.free_bytes < needed:
-        free, wanted = first.free_bytes / 2**20, needed / 2**20
         problems.append(
-            f"{free:,.0f} MiB are free for checkpoints, and two need {wanted:,.0f}; free space, or set run_dir=PATH to another disk"
+            f"{first.free_bytes / 2**20:,.1f} MiB are free, and {room.num_needed} checkpoint(s) need {needed / 2**20:,.1f}; "
+            "free space, or set run_dir=PATH to another disk"
         )
     return problems
 

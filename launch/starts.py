@@ -69,6 +69,15 @@ def note_start(
     return start
 
 
+def own_starts(run: Path, environ: Mapping[str, str]) -> list[JobStart]:
+    """Those of this job, the first one first: another job of the run may have begun meanwhile, and will find it in use."""
+    job = job_id(environ)
+    found = [start for start in read_starts(run) if start.job == job]
+    if not found:
+        raise ConfigError(f"RUN ({run}) has no start of job {job}: is it this job's run directory?")
+    return found
+
+
 def read_starts(run: Path) -> list[JobStart]:
     """The starts of a run under Slurm, the first one first. ConfigError where there was none."""
     starts = known_starts(run)

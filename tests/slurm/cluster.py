@@ -93,9 +93,8 @@ class Cluster:
             assert time.monotonic() < end, f"job {job} is still {state}"
             assert state not in FAILED, f"job {job}: {state}"
             if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
-                time.sleep(
-                    3
-                )  # started within a second of being requeued, a job's credential is still revoked (Slurm 22.05)
+                # Started within a second of being requeued, a job's credential is still revoked (Slurm 22.05).
+                time.sleep(2)
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.3)
 

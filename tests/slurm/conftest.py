@@ -43,9 +43,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(started_cluster: Cluster, root: Path) -> Path:
-    """A run that nothing happened to, by `sbatch slurm/train.sbatch` as it stands, ddp over two nodes."""
-    run = root / "whole"
-    words = ["--parsable", "--nodes=2", f"--output={root / 'whole.out'}", "slurm/train.sbatch", "recipes/lora_sst2.py"]
-    started_cluster.wait(started_cluster.run("sbatch", *words, *settings(root, run), cwd=ROOT).strip())
-    return run
+def whole_job(started_cluster: Cluster, root: Path) -> str:
+    """The id of a job that nothing will happen to, by `sbatch slurm/train.sbatch` as it stands, ddp over two nodes."""
+    output = root / "whole.out"
+    words = ["--parsable", "--nodes=2", f"--output={output}", "slurm/train.sbatch", "recipes/lora_sst2.py"]
+    return started_cluster.run("sbatch", *words, *settings(root, root / "whole"), cwd=ROOT).strip()
+
+
+@pytest.fixture(scope="session")
+def whole(started_cluster: Cluster, root: Path, whole_job: str) -> Path:
+    """Its run, finished."""
+    started_cluster.wait(whole_job)
+    return root / "whole"

@@ -1,7 +1,5 @@
 """Submitted runs that nothing happens to, on a real two-node cluster: over two nodes, as arrays, and what is noted of them."""
 
-import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,8 @@ from safetensors.torch import load_file
 
 from launch.starts import read_starts
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import ROOT, log_of, settings, submit, wait_for_step
+from tests.slurm.runs import ROOT, settings, submit, wait_for_step
 from trainer.checkpoint.resume import read_outcome
-from trainer.run_folder import JOBS
 
 pytestmark = pytest.mark.slow
 
@@ -28,32 +25,6 @@ def test_sbatch_of_the_template_trains_over_two_nodes_as_it_stands(whole: Path) 
     assert len(read_starts(whole)) == 1
 
 
-def test_fsdp_is_submitted_and_finishes_over_two_nodes(cluster: Cluster, root: Path, tmp_path: Path) -> None:
-    run, given = root / "sharded", tmp_path / "given.yaml"
-    given.write_text("train: {eval_every: 10}\n")
-    relative = os.path.relpath(run, ROOT)
-    words = settings(root, Path(relative), **{"train.max_steps": 20})
-    words.remove("train.eval_every=240")
-    job = submit(cluster, "--backend", "fsdp", "--nodes", "2", "--config", str(given), *words)
-    given.unlink()  # the job has a copy
-    cluster.wait(job)
-    assert read_outcome(run) == "finished"
-    (start,) = read_starts(run)
-    assert (start.nodes, start.number) == (2, 0)
-    assert "backend    fsdp, 2 processes" in log_of(run)
-    assert "node 0     ranks 0 of 2\nnode 1     ranks 1 of 2\n" in log_of(run)
-    submitted = json.loads((run / JOBS / "submission.json").read_text())
-    assert start.git and start.git == submitted["git"]
-    assert submitted["options"]["backend"] == "fsdp"
-    assert submitted["options"]["configs"] == [str(given)]
-    assert (run / JOBS / "config-0-given.yaml").read_text() == "train: {eval_every: 10}\n"
-    assert cluster.run("samestep", "status", str(run), cwd=tmp_path).split("\n")[1].split()[:3] == [
-        "sharded",
-        job,
-        "finished",
-    ]
-
-
 def test_each_task_of_an_array_trains_in_its_own_folder_and_is_requeued_alone(cluster: Cluster, root: Path) -> None:
     run = root / "array"
     job = submit(cluster, "--array", "optim.peak_lr=1e-3,5e-4,1e-4", *settings(root, run))
@@ -61,7 +32,7 @@ def test_each_task_of_an_array_trains_in_its_own_folder_and_is_requeued_alone(cl
     assert (
         cluster.field(f"{job}_2", "JobId") == job
     )  # this task's SLURM_JOB_ID is the array's: commands with it mean all tasks
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    cluster.run("scancel", "--signal=TERM", f"{job}_2")  # to its rank
     cluster.wait(f"{job}_2", until=("PENDING",))
     for task in range(3):
         cluster.wait(f"{job}_{task}")

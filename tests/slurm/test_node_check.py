@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launch.node_check import EXIT_CODE, Board, Node, check_nodes, problems_of
-from launch.starts import note_start
+from launch.node_check import EXIT_CODE, Board, Node, Room, check_nodes, opened_port, problems_of, why_unreachable
+from launch.starts import STARTS, note_start
 from tests.slurm.cluster import free_ports
 from trainer.run_folder import JOBS
 
@@ -32,15 +33,15 @@ NODE = Node(number=0, name="n1", versions={"torch": "2.13"}, num_gpus=8, free_by
 )
 def test_a_node_that_does_not_fit_is_named(change: dict[str, Any], words: str | None) -> None:
     other = replace(NODE, number=1, name="n2", **change)
-    problems = problems_of([NODE, other], 2, gpus=8, needed=1e9)
+    problems = problems_of([NODE, other], 2, gpus=8, room=Room(1e9, num_needed=1))
     assert (len(problems) == 0) if words is None else (len(problems) == 1 and words in problems[0])
 
 
 def test_missing_nodes_and_a_full_disk_are_named() -> None:
-    problems = problems_of([NODE], 3, gpus=0, needed=2e9)
+    problems = problems_of([NODE], 3, gpus=0, room=Room(1e9, num_needed=2))
     assert len(problems) == 2
     assert "node(s) 1, 2 of 3 did not answer" in problems[0]
-    assert "954 MiB are free for checkpoints, and two need 1,907" in problems[1]
+    assert "953.7 MiB are free, and 2 checkpoint(s) need 1,907.3" in problems[1]
 
 
 def make_run(folder: Path) -> Path:
@@ -58,6 +59,7 @@ def check_on(
     address: str = "127.0.0.1",
     port: int | None = None,
     gpus: int = 0,
+    job: str = "",
 ) -> dict[int, int]:
     """The exit codes of the check on these nodes of a job on `count`, at once. port: None is one that is free."""
     codes: dict[int, int] = {}
@@ -65,6 +67,7 @@ def check_on(
 
     def check(number: int) -> None:
         environ = {"SLURM_NODEID": str(number), "SLURM_JOB_NUM_NODES": str(count), "SLURM_GPUS_ON_NODE": str(gpus)}
+        environ |= {"SLURM_JOB_ID": job} if job else {}
         codes[number] = check_nodes(run, address, meeting, ranks_per_node=1, environ=environ, limit_s=limit_s)
 
     threads = [Thread(target=check, args=(number,)) for number in numbers]
@@ -137,6 +140,26 @@ def test_a_port_that_another_program_holds_ends_the_check_on_all_nodes(
     assert f"the first node cannot open 127.0.0.1:{port}: Address already in use" in capsys.readouterr().out
 
 
+def test_a_hundred_nodes_reach_the_first_one() -> None:
+    (port,) = free_ports(1)
+    with opened_port("127.0.0.1", port) as problem:
+        assert problem == ""
+        assert {why_unreachable("127.0.0.1", port) for _ in range(100)} == {""}
+
+
+def test_a_run_that_keeps_two_checkpoints_needs_room_for_the_next_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+    note_start(run, 2 * 2**20, {})
+    assert check_on(run, (0,), count=1, limit_s=20.0) == {0: EXIT_CODE}
+    assert "3.0 MiB are free, and 2 checkpoint(s) need 4.0" in capsys.readouterr().out
+    for step in (1, 2):
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    assert check_on(run, (0,), count=1, limit_s=20.0) == {0: 0}
+
+
 def test_an_address_that_does_not_resolve_ends_the_check_on_all_nodes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,13 +177,18 @@ def unshare(jobs: Path) -> None:
     shutil.rmtree(jobs)
 
 
+def take(jobs: Path) -> None:
+    """As where the job has got the folder of another one's run."""
+    (jobs / STARTS).write_text((jobs / STARTS).read_text().replace('"7"', '"8"'))
+
+
 def block(jobs: Path) -> None:
     """As where nothing can be made in it."""
     (jobs / "check-7-000").rmdir()
     (jobs / "check-7-000").touch()
 
 
-@pytest.mark.parametrize("spoil", [unshare, block])
+@pytest.mark.parametrize("spoil", [unshare, take, block])
 def test_a_node_that_cannot_use_the_run_directory_says_so_itself(
     spoil: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +197,7 @@ def test_a_node_that_cannot_use_the_run_directory_says_so_itself(
     note_start(run, 1.0, {"SLURM_JOB_ID": "7"})
     (run / JOBS / "check-7-000").mkdir()
     spoil(run / JOBS)
-    assert check_on(run, (1,), count=2, limit_s=1.0) == {1: EXIT_CODE}
+    assert check_on(run, (1,), count=2, limit_s=1.0, job="7") == {1: EXIT_CODE}
     printed = capsys.readouterr().out
     assert f"error: node 1 (n7) cannot use {run / JOBS}" in printed
     assert "set run_dir=PATH" in printed
