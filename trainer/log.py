@@ -121,7 +121,8 @@ def lock_run_folder(folder: Path) -> FileLock | None:
 
     Raises ConfigError where another process trains there: it would lose its folder, or its unfinished checkpoint.
     """
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    # A file for a lock instead, as filelock would take on such a file system, outlives its process when that is killed.
+    lock = FileLock(folder.parent / f".{folder.name}.lock", fallback_to_soft=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -186,7 +186,7 @@ class RunOutput:
         state: dict[str, Tensor] = {}
         for name, tensor in self.engine.weights(trainable_only=adapter):
             if self.is_main:
-                state[name] = tensor.detach().cpu().clone()
+                state[name] = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
         self.on_rank_0(lambda: self.replace_model(state, step))
 
     def replace_model(self, state: Mapping[str, Tensor], step: int) -> None:

@@ -57,7 +57,7 @@ class StopRequest:
     def seen(self) -> bool:
         """Whether this rank has been asked to stop."""
         is_late = time.monotonic() > self._deadline or self._job.is_near(time.time())
-        return self._signalled or is_late or (self._file is not None and self._file.exists())
+        return self._signalled or is_late or (self._file is not None and os.path.exists(self._file))
 
     def close(self) -> None:
         """Give the signals back, and consume the STOP file so that the next run is not stopped by it."""

@@ -22,7 +22,7 @@ from transformers import (
 
 from tests.tiny import tiny_bert
 from trainer.config import FullConfig, HeadConfig, LoraConfig, ModelConfig, RunConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.model.export import export_model, load_exported
 from trainer.model.load import build_model, load_tokenizer
 from trainer.optim import build_optimizer
@@ -61,6 +61,18 @@ def test_exported_model_predicts_the_same(
     loaded, tokenizer, info = load_exported(tmp_path)
     assert info["label_names"] == list(LABELS) and tokenizer.pad_token_id is not None
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_exported_index_that_names_a_file_elsewhere_is_refused(
+    bert: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    model, config = trained(bert, FullConfig(), accelerator)
+    export(model, config, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    places = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), "../elsewhere.safetensors")
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(ConfigError, match=r"index\.json names .*, which is no file beside it"):
+        load_exported(tmp_path / "out")
 
 
 def test_adapter_opens_with_plain_peft(bert: Path, tmp_path: Path, accelerator: Accelerator) -> None:

@@ -177,6 +177,7 @@ class Engine:
         """(name, fp32 tensor) of each parameter, whole, one at a time. Collective; every rank gets the tensors."""
         for name, parameter in self._named_parameters():
             if parameter.requires_grad or not trainable_only:
+                self.heartbeat.beat(f"gathering {name}")
                 yield name, self._whole_weight(parameter)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:

@@ -234,7 +234,7 @@ class Checkpointer:
             is_same = self.is_same_topology(manifest, own)
             if is_same:
                 check_generators(folder, own[self.engine.rank].generators, self.engine.device)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             problem = str(error)
         self.raise_together(problem, CheckpointError)
         self.load_tensors(folder, manifest)

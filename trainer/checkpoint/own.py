@@ -15,7 +15,7 @@ from trainer.data.batches import random_words
 from trainer.errors import CheckpointError
 from trainer.progress import Window
 
-WINDOW, RANDOM, TASK, CUDA = "window/", "rng/", "task", "rng/cuda"
+WINDOW, RANDOM, TASK = "window/", "rng/", "task"
 SAME_ON_ALL = (f"{WINDOW}num_samples", f"{WINDOW}elapsed_s")
 """Open sums that every rank counts for all."""
 
@@ -89,8 +89,9 @@ def read_generators(device: torch.device) -> dict[str, Tensor]:
         "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "rng/torch": torch.get_rng_state(),  # bytes come after 8-byte numbers, which then stay aligned
     }
-    if device.type == "cuda":
-        states[CUDA] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        module, place = torch.get_device_module(device), () if device.type == "mps" else (device,)
+        states[f"{RANDOM}{device.type}"] = module.get_rng_state(*place)
     return states
 
 
@@ -104,8 +105,10 @@ def write_generators(states: Mapping[str, Tensor], device: torch.device) -> None
     cached = states["rng/numpy_gauss"].item()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["rng/torch"])
-    if CUDA in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states[CUDA], device)
+    own = f"{RANDOM}{device.type}"
+    if own in states:
+        module, place = torch.get_device_module(device), () if device.type == "mps" else (device,)
+        module.set_rng_state(states[own], *place)
 
 
 def seed_generators(seed: int) -> None:

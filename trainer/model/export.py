@@ -34,7 +34,7 @@ from trainer.model.architecture import (
     model_location,
 )
 from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
-from trainer.model.identity import files_identity, identity_below
+from trainer.model.identity import check_index, files_identity, identity_below
 from trainer.model.load import load_weights, quantization_of
 from trainer.run_folder import ADAPTER_FILE, INFO_FILE, read_info
 
@@ -224,6 +224,7 @@ def exported_tokenizer(folder: Path, info: dict[str, Any], *, trust_remote_code:
 
 def load_whole(folder: Path, info: Mapping[str, Any], *, trust_remote_code: bool) -> nn.Module:
     """The model of a full or head run."""
+    check_index(str(folder))
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     loader = model_loader(model_settings(str(folder), info, trust_remote_code=trust_remote_code), architecture)
     model, report = loader.from_pretrained(
