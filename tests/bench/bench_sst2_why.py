@@ -124,7 +124,7 @@ def use_plain_adamw(trainer: Trainer) -> None:
 
 
 def use_compile(trainer: Trainer) -> None:
-    """Compiled for any shape, around our draws: dynamo (torch 2.13) traces numpy's generator wrongly. An epoch goes before the clock starts."""
+    """Compiled for any shape; an epoch goes before the clock starts. Without our draws: dynamo (torch 2.13) traces numpy's wrongly."""
     dropout.draw_levels = torch.compiler.disable(dropout.draw_levels)
     trainer.engine.model = torch.compile(trainer.engine.model, dynamic=True)
     began = time.perf_counter()

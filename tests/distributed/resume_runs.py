@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tests.rank_pool import run_ranks
 from trainer.backend import build_accelerator
+from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.store import list_checkpoints
 from trainer.config import ClassificationData, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.errors import AlreadyFinished, SamestepError
 from trainer.loop import Trainer
@@ -57,11 +60,13 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def count_buckets(model: Any) -> int:
-    """Into how many parts a gradient is cut for its reduction over ranks: those of DDP, or as many as DeepSpeed's bucket size makes."""
+    """Into how many parts a gradient is cut for its reduction over ranks: DDP's own, FSDP2's units, as many as DeepSpeed's size makes."""
     if hasattr(model, "_get_ddp_logging_data"):
         return len(
             model._get_ddp_logging_data().get("rebuilt_bucket_sizes", "").split(",")
         )  # rebuilt in the first steps
+    if isinstance(model, FSDPModule):
+        return sum(isinstance(module, FSDPModule) for module in model.modules())
     size = getattr(getattr(model, "optimizer", None), "reduce_bucket_size", None)
     return 1 if size is None else -(-sum(p.numel() for p in model.parameters()) // int(size))
 
@@ -105,6 +110,12 @@ def same_weights(one: dict[str, Any], two: dict[str, Any]) -> bool:
     """Equal to the last bit."""
     assert one["weights"].keys() == two["weights"].keys()
     return all(np.array_equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+
+
+def saved_at_the_end(run: Path) -> dict[str, str]:
+    """BLAKE3 of every file of tensors in the newest checkpoint: weights, moments, and the random numbers of each rank."""
+    newest = list_checkpoints(run / "checkpoints")[0]
+    return {name: file.blake3 for name, file in read_manifest(newest).files.items() if name.endswith(".safetensors")}
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start, train
+from tests.distributed.resume_runs import (
+    NUM_STEPS,
+    make_config,
+    metrics_of,
+    same_weights,
+    saved_at_the_end,
+    start,
+    train,
+)
 from tests.rank_pool import BACKENDS, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer import output
@@ -21,6 +29,7 @@ TOPOLOGIES = [
     pytest.param("zero1", 2, marks=pytest.mark.slow),
     *[pytest.param(backend, 3, marks=pytest.mark.slow) for backend in BACKENDS if backend != "single"],
 ]
+OTHERS = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("single", "zero1", "zero2")]
 SAVE_POINTS = [
     "save.weights@0:2", "save.weights@1:2", "save.optimizer@1:2", "save.rank@0:2", "save.state@1:2", "save.agreed:2",
     "save.manifest:2", "save.renamed:2", "save.pointer:2", "save.pruning:1", "save.pruned:2",
@@ -57,7 +66,7 @@ def steps_published(run: Path) -> list[int]:
 def assert_went_on(
     run: Path, seen: list[dict[str, Any]] | None, whole: tuple[Path, list[dict[str, Any]]], first: int
 ) -> None:
-    """Bit-identical: weights, counters, losses and sample ids of each rank, metrics, exported model."""
+    """Bit-identical: weights, moments and random numbers, counters, losses and sample ids of each rank, metrics."""
     assert seen is not None
     for facts, expected in zip(seen, whole[1], strict=True):
         assert facts["error"] is None
@@ -68,6 +77,7 @@ def assert_went_on(
         assert same_weights(facts, expected)
         assert facts["counters"] == expected["counters"]
     assert metrics_of(run) == metrics_of(whole[0])
+    assert saved_at_the_end(run) == saved_at_the_end(whole[0])
     names = [path.name for path in (run / "checkpoints").iterdir()]
     assert not [name for name in names if name.startswith((".tmp", ".trash"))]
     assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"
@@ -108,17 +118,18 @@ def test_a_kill_at_any_point_of_a_save_loses_no_finished_one(
 
 
 @pytest.mark.parametrize("method", ["lora", "head"])
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3", *OTHERS])
 def test_adapters_and_heads_continue_bit_for_bit_after_a_stop_request(
     backend: str, method: str, root: Path, tmp_path: Path
 ) -> None:
+    ranks = 1 if backend == "single" else 2
     config = make_config(root, tmp_path / "run", method=method)
-    stopped = start(config, backend, 2, fault="step@1:5:usr1")
+    stopped = start(config, backend, ranks, fault=f"step@{ranks - 1}:5:usr1")
     assert stopped is not None
     assert {facts["step"] for facts in stopped} == {5}  # in the middle of an epoch, between saves and log lines
     assert json.loads((config.folder / "outcome.json").read_text())["outcome"] == "stopped"
-    whole = never_killed(root, backend, 2, method)
-    assert_went_on(config.folder, start(config, backend, 2), whole, first=5)
+    whole = never_killed(root, backend, ranks, method)
+    assert_went_on(config.folder, start(config, backend, ranks), whole, first=5)
 
 
 WHOLE_CHAIN = [("fsdp", 2), ("single", 1), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("zero2", 2), ("single", 1)]
@@ -209,11 +220,13 @@ def test_a_branch_of_a_finished_run_evaluates_exports_and_ends(root: Path, tmp_p
     assert [line["step"] for line in metrics_of(branch.folder) if "eval/loss" in line] == [NUM_STEPS]
 
 
-def test_a_kill_right_after_an_epochs_edge_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["ddp", *(pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS if b != "ddp")])
+def test_a_kill_right_after_an_epochs_edge_continues_bit_for_bit(backend: str, root: Path, tmp_path: Path) -> None:
+    ranks = 1 if backend == "single" else 2
     config = make_config(root, tmp_path / "run", save_every=7, eval_every=4)
-    assert start(config, "ddp", 2, fault="save.pruned:1") is None
+    assert start(config, backend, ranks, fault="save.pruned:1") is None
     assert steps_published(config.folder) == [7]
-    assert_went_on(config.folder, start(config, "ddp", 2), never_killed(root, "ddp", 2), first=7)
+    assert_went_on(config.folder, start(config, backend, ranks), never_killed(root, backend, ranks), first=7)
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_an_explicit_path_to_it_refused(

@@ -5,14 +5,22 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.resume_runs import NUM_STEPS, make_config, metrics_of, same_weights, start, train
+from tests.distributed.resume_runs import (
+    NUM_STEPS,
+    make_config,
+    metrics_of,
+    same_weights,
+    saved_at_the_end,
+    start,
+    train,
+)
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.backend import wrap
 from trainer.config import FullConfig, LoraConfig, MethodConfig, QloraConfig, RunConfig
 
 BUCKETS = [
     pytest.param("ddp", 3, marks=pytest.mark.slow),
-    *[pytest.param(b, 2, marks=pytest.mark.slow) for b in ("zero1", "zero2", "zero3")],
+    *[pytest.param(b, 2, marks=pytest.mark.slow) for b in ("fsdp", "zero1", "zero2", "zero3")],
 ]
 ADAPTERS = [
     ("ddp", 3),
@@ -52,6 +60,7 @@ def assert_killed_run_equals_whole(
         assert same_weights(facts, expected)
         assert facts["counters"] == expected["counters"]
     assert metrics_of(config.folder) == metrics_of(folder / "whole")
+    assert saved_at_the_end(config.folder) == saved_at_the_end(folder / "whole")
     return seen
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from launch.preflight import load_recipe
-from tests.rank_pool import run_ranks
+from tests.rank_pool import BACKEND_ENV, FSDP, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer.resolve import run_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "lora_sst2.py"
-OLD_FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+OLD_FSDP = FSDP | {"FSDP_VERSION": "1"}
+ON_CPU = {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+ON_DISK = {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}
 Case = tuple[list[str], dict[str, str], str]
 CASES: dict[str, Case] = {
     "misspelt key": (["optim.peek_lr=1"], {}, "optim.peek_lr (1) on the command line: unknown setting; did you mean"),
@@ -28,6 +30,38 @@ CASES: dict[str, Case] = {
     "fewer samples than ranks": (["train.global_batch_size=2"], {"WORLD_SIZE": "4"}, "train.global_batch_size (2)"),
     "unknown LoRA target": (["method.targets=qwery"], {}, "query"),
     "setting of the accelerate configuration": (["--config", "own.yaml"], {}, "mixed_precision (bf16) in own.yaml"),
+    **{
+        f"{name} without ranks": (
+            [],
+            BACKEND_ENV[name] | {"WORLD_SIZE": "2"},
+            f"asked for {name} with 2 process(es), but ",
+        )
+        for name in ("single", "fsdp", "zero1", "zero2", "zero3")
+    },
+    **{
+        f"{name} without its stage": (
+            [],
+            BACKEND_ENV[name] | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+            "zero_stage (0) must be 1, 2",
+        )
+        for name in ("zero1", "zero2", "zero3")
+    },
+    "zero1 on another device": (
+        [],
+        BACKEND_ENV["zero1"] | ON_CPU,
+        "needs deepspeed_config.zero_stage 2 or 3, and it is 1",
+    ),
+    "zero3 on another device": ([], BACKEND_ENV["zero3"] | ON_DISK, "offload_param_device (nvme) is not supported"),
+    "precision of no backend": (
+        [],
+        {"ACCELERATE_MIXED_PRECISION": "fp8"},
+        "mixed precision (fp8) must be one of no, bf16",
+    ),
+    "another library": (
+        [],
+        {"ACCELERATE_USE_MEGATRON_LM": "true"},
+        "asks for Megatron-LM, which samestep does not run",
+    ),
 }
 
 
@@ -69,7 +103,7 @@ def make_mistakes(folder: Path) -> dict[str, tuple[object, str]]:
 
 def test_each_mistake_ends_with_code_2_and_one_message_before_a_model_loads(folder: Path) -> None:
     (found,) = run_ranks(make_mistakes, "single", 1, args=(folder,))
-    assert len(found) == 9
+    assert found.keys() == CASES.keys()
     for name, (code, said) in found.items():
         assert code == 2, (name, said)
         assert said.startswith("error: ") and said.count("error: ") == 1, (name, said)

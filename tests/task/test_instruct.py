@@ -12,6 +12,9 @@ from tests.distributed.resume_runs import same_weights, start
 from tests.rank_pool import run_ranks
 from tests.tiny import NUM_WORDS, tiny_llama, tiny_tokens
 from trainer.backend import build_accelerator
+from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.shards import ShardReader
+from trainer.checkpoint.store import step_name
 from trainer.config import (
     FullConfig,
     InstructData,
@@ -142,7 +145,8 @@ def packing_config(root: Path, run: Path, packing: str, **train: object) -> RunC
         "metric": "loss",
         "log_every": 3,
         "eval_every": 3,
-        "save_every": 3,
+        "save_every": 1,
+        "keep_last": 5,
     }
     data = InstructData(
         source=str(root / "pairs.jsonl"),
@@ -156,9 +160,18 @@ def packing_config(root: Path, run: Path, packing: str, **train: object) -> RunC
 
 
 @pytest.fixture(scope="module")
-def unpacked_losses(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Of three steps on one process, a row for each conversation."""
-    return losses_of(packing_config(root, tmp_path_factory.mktemp("plain"), "none"), "single", 1)
+def unpacked(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], torch.Tensor]:
+    """Losses of three steps on one process, a row for each conversation, and the first gradient."""
+    run = tmp_path_factory.mktemp("plain")
+    return losses_of(packing_config(root, run, "none"), "single", 1), first_moment(run)
+
+
+def first_moment(run: Path) -> torch.Tensor:
+    """(P,): Adam's moment after one step, which is that step's gradient times 0.1 and clipped, of every trained parameter."""
+    folder = run / "checkpoints" / step_name(1)
+    manifest = read_manifest(folder)
+    reader = ShardReader(folder, [name for name in manifest.files if name.startswith("optimizer")])
+    return torch.cat([reader.whole(key).flatten() for key in sorted(manifest.tensors) if key.startswith("exp_avg/")])
 
 
 @pytest.mark.parametrize(
@@ -174,13 +187,16 @@ def unpacked_losses(root: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     ],
 )
 def test_packed_rows_take_the_step_of_unpacked_ones(
-    backend: str, ranks: int, micro: int | None, root: Path, tmp_path: Path, unpacked_losses: list[float]
+    backend: str, ranks: int, micro: int | None, root: Path, tmp_path: Path, unpacked: tuple[list[float], torch.Tensor]
 ) -> None:
-    """Whatever the backend and however differently many targets the micro-batches hold."""
+    """Loss and gradient, whatever the backend and however differently many targets the micro-batches hold."""
+    losses, gradient = unpacked
     rows = packed_rows(root)
     config = packing_config(root, tmp_path / "packed", "best_fit", global_batch_size=rows, micro_batch_size=micro)
-    assert losses_of(config, backend, ranks) == pytest.approx(unpacked_losses, rel=1e-5)
-    assert max(unpacked_losses) - min(unpacked_losses) > 1e-3
+    assert losses_of(config, backend, ranks) == pytest.approx(losses, rel=1e-5)
+    assert max(losses) - min(losses) > 1e-3
+    assert float((first_moment(config.folder) - gradient).norm() / gradient.norm()) < 1e-5
+    assert gradient.norm() > 1e-3
 
 
 def packed_rows(root: Path) -> int:
