@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ echo "scontrol $*" >>"$CALLS"
 if [[ $2 == hostnames ]]; then echo n1; exit; fi
 if (($(grep -c "^scontrol $1" "$CALLS") <= BUSY)); then echo "controller is busy" >&2; exit 1; fi
 if [[ $1 == show ]]; then echo "NodeName=n1 NodeAddr=10.0.0.1"; fi""",
-    "squeue": "echo N/A",
+    "squeue": 'echo "$END_TIME"',
+    "scancel": 'echo "scancel $*" >>"$CALLS"; kill -9 "$(cat "$CALLS.training")"',
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    "accelerate": 'echo accelerate >>"$CALLS"',
-    "sleep": 'echo "sleep $1" >>"$CALLS"',
+    "accelerate": """
+echo accelerate >>"$CALLS"
+if ((BUSY_S)); then echo $$ >"$CALLS.training"; exec /bin/sleep "$BUSY_S"; fi""",
+    "sleep": 'echo "sleep $1" >>"$CALLS"; if ((BUSY_S)); then /bin/sleep 0.3; fi',
     "samestep": """
 echo "samestep $*" >>"$CALLS"
 case $2 in
@@ -29,9 +33,19 @@ esac""",
 
 
 def run_script(
-    folder: Path, *, checked: int = 0, restarts: int = 0, verdict: str = "finished", busy: int = 0
+    folder: Path,
+    *,
+    checked: int = 0,
+    restarts: int = 0,
+    verdict: str = "finished",
+    busy: int = 0,
+    busy_s: int = 0,
+    end_time: str = "N/A",
 ) -> tuple[int, str, str]:
-    """(exit code, calls of the stand-ins, what was printed). busy: so many calls of scontrol show, and of requeue, fail first."""
+    """(exit code, calls of the stand-ins, what was printed). busy: so many calls of scontrol show, and of requeue, fail first.
+
+    busy_s: how long training takes, whatever it is asked for; end_time: of the job, as squeue says it.
+    """
     tools, run = folder / "tools", folder / "run"
     for place in (tools, run):
         place.mkdir()
@@ -41,6 +55,7 @@ def run_script(
     (folder / "calls").touch()
     environ = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(folder / "calls"), "RUN": str(run)}
     environ |= {"CHECKED": str(checked), "VERDICT": verdict, "BUSY": str(busy), "SLURM_RESTART_COUNT": str(restarts)}
+    environ |= {"BUSY_S": str(busy_s), "END_TIME": end_time}
     environ |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
         ["bash", str(TEMPLATE), "recipe.py"], cwd=folder, env=environ, capture_output=True, text=True, timeout=60
@@ -86,3 +101,18 @@ def test_a_busy_controller_is_asked_again_and_one_that_stays_so_is_named(tmp_pat
     assert code == 1
     assert "samestep: `scontrol show node n1` failed five times" in printed
     assert "samestep job begin" not in calls
+
+
+def test_training_that_is_busy_at_the_time_limit_is_ended_before_slurm_ends_the_script(tmp_path: Path) -> None:
+    end = datetime.now() + timedelta(seconds=14)
+    code, calls, printed = run_script(
+        tmp_path, busy_s=50, verdict="requeue", end_time=end.isoformat(timespec="seconds")
+    )
+    assert code == 0, printed
+    assert datetime.now() < end
+    assert "the time limit is here and training has not ended" in printed
+    assert [line for line in calls.splitlines() if "sleep" not in line][-3:] == [
+        "scancel --signal=KILL 7",
+        f"samestep job end {tmp_path / 'run'} --max-restarts 1000",
+        "scontrol requeue 7",
+    ]
