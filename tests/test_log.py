@@ -353,3 +353,16 @@ def test_a_run_directory_is_used_by_one_process_at_a_time(tmp_path):
     assert "is in use: another process trains there" in other.stderr
     held.release()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_system_without_locks_keeps_nobody_out_after_a_kill(tmp_path):
+    """Lustre as it is often mounted. filelock's own way out is a file, which a killed process leaves behind."""
+    code = (
+        "import errno, fcntl, os; from pathlib import Path; from trainer.log import lock_run_folder\n"
+        "def flock(*_): raise OSError(errno.ENOSYS, 'Function not implemented')\n"
+        "fcntl.flock = flock\n"
+        f"assert lock_run_folder(Path({str(tmp_path / 'run')!r})) is None\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9

@@ -21,6 +21,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from trainer.backend.pieces import read_steps, with_moments, write_steps
 from trainer.config import FullConfig, HeadConfig, LoraConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.model.methods import apply_method
 from trainer.optim import build_optimizer, count_steps, lr_at, parameter_groups, peak_lr
@@ -201,6 +202,19 @@ def test_fused_adamw_takes_the_same_step_on_cpu() -> None:
 def rate(step: int, **settings: Any) -> float:
     """lr_at with a peak of 3e-4."""
     return lr_at(step, **{"peak": 3e-4, "min_lr_fraction": 0.0, **settings})
+
+
+def test_steps_are_counted_where_a_loss_does_not_reach_all_parameters() -> None:
+    """As XLNet's mask_emb in classification: AdamW passes it over, and a resumed run has counted it before."""
+    reached, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([reached, other])
+    for parameter in (reached, other):
+        with_moments(parameter, optimizer)
+    write_steps(optimizer, 3)
+    for _ in range(2):
+        reached.grad = torch.ones(2)
+        optimizer.step()
+    assert read_steps(optimizer) == 5
 
 
 def build(architecture: PretrainedConfig, method: Any = FullConfig()) -> torch.nn.Module:  # noqa: B008 (frozen)
