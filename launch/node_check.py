@@ -148,18 +148,20 @@ def opened_port(address: str, port: int) -> Iterator[str]:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("", port))
             server.listen(64)
-            Thread(
-                target=take_calls, args=(server,), daemon=True
-            ).start()  # or the 66th node would find no place in the queue
             socket.getaddrinfo(address, port)
         except OSError as error:
             reason = error.strerror or error
             problem = f"the first node cannot open {address}:{port}: {reason}; another program may hold it, or the name does not resolve"
+        Thread(
+            target=take_calls, args=(server,), daemon=True
+        ).start()  # or the 66th node would find no place in the queue
         yield problem
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)  # a thread that waits in accept() keeps a port that is closed
 
 
 def take_calls(server: socket.socket) -> None:
-    """Answer and hang up, until the socket is closed."""
+    """Answer and hang up, until the socket is shut down."""
     with suppress(OSError):
         while True:
             server.accept()[0].close()

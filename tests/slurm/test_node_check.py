@@ -145,6 +145,7 @@ def test_a_hundred_nodes_reach_the_first_one() -> None:
     with opened_port("127.0.0.1", port) as problem:
         assert problem == ""
         assert {why_unreachable("127.0.0.1", port) for _ in range(100)} == {""}
+    assert "refused" in why_unreachable("127.0.0.1", port)
 
 
 def test_a_run_that_keeps_two_checkpoints_needs_room_for_the_next_alone(
