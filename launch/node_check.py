@@ -152,9 +152,8 @@ def opened_port(address: str, port: int) -> Iterator[str]:
         except OSError as error:
             reason = error.strerror or error
             problem = f"the first node cannot open {address}:{port}: {reason}; another program may hold it, or the name does not resolve"
-        Thread(
-            target=take_calls, args=(server,), daemon=True
-        ).start()  # or the 66th node would find no place in the queue
+        # Without it the 66th node would find no place among the calls that wait to be taken.
+        Thread(target=take_calls, args=(server,), daemon=True).start()
         yield problem
         with suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)  # a thread that waits in accept() keeps a port that is closed

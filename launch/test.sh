@@ -2,7 +2,7 @@
 # The README's second command: sets up, checks style and types, runs the tests. People and CI use this one script.
 #
 #   bash launch/test.sh                      # everything but tests marked slow or all: under 20 minutes on 2 cores
-#   bash launch/test.sh --slow               # only tests marked slow: about 40 minutes
+#   bash launch/test.sh --slow               # only tests marked slow: about 35 minutes
 #   bash launch/test.sh --all                # tests marked all, which CI has no time for, and alone: the README's support matrix anew
 #   bash launch/test.sh tests/data -k sst    # further arguments go to pytest; -n 0 for one process, as a debugger needs
 set -euo pipefail
