@@ -135,7 +135,9 @@ def test_fsdp_over_two_nodes_is_warned_of_a_real_time_limit_goes_on_and_finishes
     assert (run / OUTCOME).stat().st_mtime - start.began < 60
     stopped_at = newest_step(run)
     assert stopped_at > 0
-    (run / JOBS / "config-0-given.yaml").write_text("train: {eval_every: 10, patience: 1}\n")
+    copy = run / JOBS / "config-0-given.yaml"
+    assert copy.read_text() == "train: {eval_every: 1000000}\n"
+    copy.write_text("train: {eval_every: 10, patience: 1}\n")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # no warning in the second start
     cluster.wait(job)
     assert [(start.step, start.nodes, start.number) for start in read_starts(run)] == [(0, 2, 0), (stopped_at, 2, 1)]
