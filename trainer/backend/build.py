@@ -12,11 +12,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from trainer.backend import wrap
-from trainer.backend.engine import Engine, FsdpEngine, PlainEngine
+from trainer.backend.engine import Engine
 from trainer.backend.heartbeat import PATIENCE
 from trainer.backend.request import Request, read_request
 from trainer.backend.settings import setting_problems
 from trainer.backend.side import NEVER
+from trainer.backend.torch_engines import FsdpEngine, PlainEngine
 from trainer.backend.zero_engine import ZeroEngine
 from trainer.checkpoint.resume import Start, decide_start
 from trainer.config import RunConfig, check_world
@@ -68,7 +69,11 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Precision is ours (Engine.forward): left to their defaults the backends mean three different things by bf16.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=config.train.ddp_find_unused_parameters,
+    )
     with quiet_prints("deepspeed"):
         accelerator = Accelerator(
             mixed_precision="no",

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from trainer.backend.heartbeat import Heartbeat
 from trainer.backend.pieces import Piece, read_steps, whole_pieces, write_steps
+from trainer.backend.reach import Reach
 from trainer.backend.request import Request
 from trainer.backend.wrap import autocast, is_dtensor, strip_wrapper
 
@@ -54,6 +55,9 @@ class Engine:
         self.good_steps = 0
         self.heartbeat = Heartbeat()
         self.works_alone = False
+        self.reach = Reach(self.backend, self.world_size, [name for name, _ in self._trainable()])
+        if self.watches_reach:
+            self._watch_reach()
 
     def describe(self) -> str:
         """Backend, processes, precision and device in words."""
@@ -90,11 +94,23 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global loss; shares are summed over ranks. Collective."""
         self.heartbeat.beat("backward")
-        (loss * (self.divides_by * self.loss_scale)).backward()
+        self._backward(loss)
+        self.reach.num_passes += 1
 
     def grad_norm(self) -> float:
-        """L2 norm of the gradient of the global batch, before clipping; the same on all ranks; nan or inf where any part is. Collective."""
+        """L2 norm of the gradient of the global batch, before clipping; the same on all ranks; nan or inf where any part is. Collective.
+
+        BackendError where this backend has added up wrong gradients, as some passes did not reach the weights that others did.
+        """
         self.heartbeat.beat("gradient norm")
+        if self.watches_reach:
+            self.reach.check(self.sum_array_over_ranks)
+        return self._grad_norm()
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * (self.divides_by * self.loss_scale)).backward()
+
+    def _grad_norm(self) -> float:
         gradients = self._gradients()
         on_cpu = bool(gradients) and gradients[0].device.type == "cpu"  # also those that FSDP offloads
         norm = nn.utils.get_total_norm(row_norms(gradients) if on_cpu else gradients)
@@ -123,6 +139,15 @@ class Engine:
         """A copy of a CPU batch on this rank's device; asynchronous on a GPU."""
         self.heartbeat.beat("batch to device")
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.pinned(batch).items()}
+
+    @property
+    def watches_reach(self) -> bool:
+        """Whether every backward pass must reach the same weights, or their gradients would be wrong (trainer/backend/reach.py)."""
+        return self.backend != "single"
+
+    def _watch_reach(self) -> None:
+        for position, (_, parameter) in enumerate(self._trainable()):
+            self.reach.watch(position, parameter)
 
     # Over ranks
 
@@ -248,36 +273,6 @@ class Engine:
         self.good_steps = 0
         if self.precision == "fp16":
             self.loss_scale = max(self.loss_scale / 2.0, 1.0)
-
-
-class PlainEngine(Engine):
-    """single and ddp."""
-
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        """As in Engine; DDP reduces in the last backward pass alone."""
-        return nullcontext() if last or self.backend == "single" else self.model.no_sync()
-
-
-class FsdpEngine(Engine):
-    """FSDP2: parameters, gradients and moments are DTensors, sharded over all ranks."""
-
-    def weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
-        """As in Engine, from shards: a forward pass leaves some groups whole, and `state_dict` (export, rank 0 alone) would shard
-        them on that rank only, so that the ranks' next gathers would no longer match."""
-        self._reshard()
-        yield from super().weights(trainable_only=trainable_only)
-
-    def local_state(self) -> list[Piece]:
-        """As in Engine; a group that a forward pass left whole holds no shards, so all are sharded first."""
-        self._reshard()
-        return super().local_state()
-
-    def _reshard(self) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def whole(tensor: Any) -> Tensor:

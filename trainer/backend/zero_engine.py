@@ -35,14 +35,12 @@ class ZeroEngine(Engine):
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         """As in Engine; DeepSpeed multiplies by the loss scale itself."""
-        self.heartbeat.beat("backward")
         self.model.backward(loss * self.divides_by, scale_wrt_gas=False)
 
-    def grad_norm(self) -> float:
+    def _grad_norm(self) -> float:
         """As in Engine, by DeepSpeed's own sums, as it clips by them; inf where any part is not finite."""
-        self.heartbeat.beat("gradient norm")
         zero = self.model.optimizer
         if self.backend == "zero3":
             from deepspeed.runtime.utils import combine_grad_norm_groups

@@ -179,6 +179,9 @@ class TrainConfig(Section):
     """Stop, with a checkpoint, this long after training began; the same command goes on. None: no limit."""
     hang_timeout_s: Annotated[PositiveFloat | None, MayChange] = 300.0
     """End the job, with a report of which rank hangs in what, when a rank makes no progress for so many seconds. None: never."""
+    ddp_find_unused_parameters: Annotated[bool, MayChange] = False
+    """Under ddp, look in every step for trained weights that the loss does not reach, such as those of experts that no token was sent to.
+    The other backends need no such search."""
     seed: int = 0
     """Seed of data order, new weights and dropout."""
     deterministic: Annotated[bool, MayChange] = False
