@@ -1,11 +1,12 @@
 """What a checkpoint costs while training goes on, against Accelerate's save_state and torch.save.
 
-    python tests/bench/bench_checkpoint.py               # 135M parameters, FSDP2 and DDP, 2 processes, 3 rounds: about 10 minutes
+    python tests/bench/bench_checkpoint.py               # 135M parameters, FSDP2 and DDP, 2 processes, 3 rounds: about 15 minutes
     python tests/bench/bench_checkpoint.py --layers 2 --rounds 1
 
-In one run and one process group: 30 steps with one save by samestep in the 10th; the same state by `accelerator.save_state`, which
-training waits for; by `torch.save`, without sharding or optimizer names; then samestep's restore, verification included, and
-`load_state`, both from files that are not in the page cache, as after a restart.
+In one run and one process group: 30 steps, which show how far steps vary on this machine by themselves; 30 steps with one save by
+samestep in the 10th; the same state by `accelerator.save_state`, which training waits for; by `torch.save`, without sharding or
+optimizer names; then samestep's restore, verification included, and `load_state`, both from files that are not in the page cache, as
+after a restart.
 save(): until training continues. stall: longest step minus the median step. total: wall time of the 30 steps minus 30 median steps.
 published: from the call to the rename. memory: what the copy keeps, part of it free heap before, and what a save adds meanwhile.
 The last line is one JSON object of ratios to save_state and load_state: of each the worse backend, the median over rounds.
@@ -114,17 +115,20 @@ def measure(folder: Path, num_layers: int, num_rounds: int) -> list[Round]:
     return [one | {"memory of the snapshot of rank 0, MiB": snapshot / 2**20} for one in rounds]
 
 
-def take_step(engine: Engine) -> None:
-    """One optimizer step on one random sample of TOKENS tokens per rank."""
+def take_step(engine: Engine) -> float:
+    """One optimizer step on one random sample of TOKENS tokens per rank. Returns its seconds."""
+    started = time.perf_counter()
     ids = torch.randint(0, VOCABULARY, (1, TOKENS))
     with engine.micro_batch(last=True):
         logits = engine.forward({"input_ids": ids}).logits
         engine.backward(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]) / engine.world_size)
     engine.step(engine.grad_norm(), 1.0)
+    return time.perf_counter() - started
 
 
 def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, checkpoints: Checkpointer) -> Round:
-    """Train with a save, save otherwise, restore, load."""
+    """Train without a save, with one, save otherwise, restore, load."""
+    plain = [take_step(engine) for _ in range(STEPS)]
     steps: list[float] = []
     published: list[float] = []
     with sampled_memory() as memory:
@@ -156,7 +160,9 @@ def one_round(number: int, folder: Path, accelerator: Any, engine: Engine, check
         "save() itself_s": save_s,
         "longest step is that many after the save": longest - SAVE_AT,
         "stall_s": max(steps) - median,
+        "stall_s of 30 steps without a save": max(plain) - statistics.median(plain),
         "total_s": sum(steps) - STEPS * median,
+        "total_s of 30 steps without a save": sum(plain) - STEPS * statistics.median(plain),
         "published_s": published[0] - saved_at,
         "save_state_s": save_state_s,
         "torch_save_s": torch_save_s,
