@@ -34,7 +34,7 @@ MAY_CHANGE = {
     "TrainConfig": {
         *("micro_batch_size", "eval_batch_size", "eval_every", "log_every", "patience", "save_every", "keep_last", "resume"),
         *("extend", "deterministic", "on_nonfinite", "on_spike", "spike_factor", "max_skipped_steps", "max_rollbacks"),
-        *("time_limit_minutes", "hang_timeout_s"),
+        *("time_limit_minutes", "hang_timeout_s", "ddp_find_unused_parameters"),
     },
 }  # fmt: skip
 """Of every variant of every section; what is not named here must match."""
