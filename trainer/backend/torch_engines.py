@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.backend.engine import Engine
 from trainer.backend.pieces import Piece
-from trainer.backend.request import Request
 
 
 class PlainEngine(Engine):
@@ -29,13 +26,6 @@ class PlainEngine(Engine):
 class FsdpEngine(Engine):
     """FSDP2: parameters, gradients and moments are DTensors, sharded over all ranks."""
 
-    def __init__(
-        self, request: Request, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        super().__init__(request, accelerator, model, optimizer)
-        self.unwatched = {id(parameter): position for position, (_, parameter) in enumerate(self._trainable())}
-        """Position of each trained weight, by the id of its shard."""
-
     def weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
         """As in Engine, from shards: a forward pass leaves some groups whole, and `state_dict` (export, rank 0 alone) would shard
         them on that rank only, so that the ranks' next gathers would no longer match."""
@@ -48,14 +38,17 @@ class FsdpEngine(Engine):
         return super().local_state()
 
     def _reshard(self) -> None:
+        for module in self._sharded_modules():
+            module.reshard()
+
+    def _sharded_modules(self) -> list[Any]:
         from torch.distributed.fsdp import FSDPModule
 
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
     def _watch_reach(self) -> None:
-        """Nothing yet: the whole weights that a backward pass reaches are made in the first forward pass."""
+        """Note the position of each trained weight by the id of its shard: what backward passes reach is made in a forward pass."""
+        self.unwatched = {id(parameter): position for position, (_, parameter) in enumerate(self._trainable())}
 
     def _backward(self, loss: Tensor) -> None:
         if self.unwatched:
@@ -64,12 +57,9 @@ class FsdpEngine(Engine):
 
     def _watch_whole_weights(self) -> None:
         """Watch those that were made since; each stays the same object from then on (torch 2.13, FSDPParam.init_unsharded_param)."""
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self.model.modules():
-            groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ()
-            for held in (held for group in groups for held in group.fsdp_params):
-                position = self.unwatched.get(id(held.sharded_param))
-                if position is not None and hasattr(held, "_unsharded_param"):
-                    self.reach.watch(position, held._unsharded_param)
-                    del self.unwatched[id(held.sharded_param)]
+        groups = (group for module in self._sharded_modules() for group in module._get_fsdp_state()._fsdp_param_groups)
+        for held in (held for group in groups for held in group.fsdp_params):
+            position = self.unwatched.get(id(held.sharded_param))
+            if position is not None and hasattr(held, "_unsharded_param"):
+                self.reach.watch(position, held._unsharded_param)
+                del self.unwatched[id(held.sharded_param)]

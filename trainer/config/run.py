@@ -181,7 +181,7 @@ class TrainConfig(Section):
     """End the job, with a report of which rank hangs in what, when a rank makes no progress for so many seconds. None: never."""
     ddp_find_unused_parameters: Annotated[bool, MayChange] = False
     """Under ddp, look in every step for trained weights that the loss does not reach, such as those of experts that no token was sent to.
-    The other backends need no such search."""
+    The other backends refuse passes that reach different weights."""
     seed: int = 0
     """Seed of data order, new weights and dropout."""
     deterministic: Annotated[bool, MayChange] = False
