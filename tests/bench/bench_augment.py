@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a scr
 
 from accelerate import Accelerator
 
-from recipes.lora_sst2 import DEFAULTS
+from tests.bench.timing import LORA_SST2
 from trainer.backend import build_accelerator
 from trainer.config import Augmentation, RunConfig
 from trainer.config.augment import WORD_KINDS
@@ -52,7 +52,7 @@ def main() -> None:
     if asked.paraphraser is not None:
         settings["paraphrase"] = {"kinds": ("paraphrase",), "paraphraser": asked.paraphraser}
     found: dict[str, list[float]] = {name: [] for name in settings}
-    accelerator = build_accelerator(DEFAULTS)
+    accelerator = build_accelerator(LORA_SST2)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(asked.seeds):
             files = write_files(Path(folder), asked.samples, asked.test, seed)
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def write_files(folder: Path, num_train: int, num_test: int | None, seed: int) -> dict[str, str]:
     """Training, validation and test sentences as files; validation (as many) and test are of the recipe's splits."""
-    splits = read_splits(DEFAULTS.data)  # type: ignore[arg-type]
+    splits = read_splits(LORA_SST2.data)  # type: ignore[arg-type]
     assert splits.test is not None
     files = {}
     for name, samples, most, key in (
@@ -103,11 +103,11 @@ def write_file(file: Path, samples: Samples, names: tuple[str, ...]) -> None:
 
 def make_config(files: dict[str, str], augment: Augmentation, seed: int, asked: argparse.Namespace) -> RunConfig:
     """The recipe on these files; the learning rate and the batch are its own."""
-    data = DEFAULTS.data.model_copy(update={**files, "augment": augment})
-    train = DEFAULTS.train.model_copy(
-        update={"num_epochs": asked.epochs, "seed": seed, "eval_every": None, "metric": "loss", "resume": "never"}
+    data = LORA_SST2.data.model_copy(update={**files, "augment": augment})
+    train = LORA_SST2.train.model_copy(
+        update={"num_epochs": asked.epochs, "seed": seed, "eval_every": None, "metric": "loss"}
     )
-    return DEFAULTS.model_copy(update={"data": data, "train": train})
+    return LORA_SST2.model_copy(update={"data": data, "train": train})
 
 
 def accuracy_of(config: RunConfig, accelerator: Accelerator) -> float:

@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from recipes.lora_sst2 import DEFAULTS
 from tests.bench.timing import (
+    LORA_SST2,
     Job,
     Values,
     build_trainer,
@@ -55,7 +55,7 @@ def main() -> None:
 
 def config() -> RunConfig:
     """The recipe's model and data, every weight trained."""
-    return DEFAULTS.model_copy(update={"method": FullConfig(), "optim": OptimConfig(peak_lr=2e-5)})
+    return LORA_SST2.model_copy(update={"method": FullConfig(), "optim": OptimConfig(peak_lr=2e-5)})
 
 
 def measure(job: Job, rounds: int, memory: Values) -> Values:

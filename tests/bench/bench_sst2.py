@@ -29,9 +29,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from recipes.lora_sst2 import DEFAULTS
 from tests.bench.hf_peer import hf_accuracy, hf_model, hf_seconds
 from tests.bench.timing import (
+    LORA_SST2,
     WARM_UP,
     Job,
     Values,
@@ -67,7 +67,7 @@ def main() -> None:
     """Measure, print tables, print ratios."""
     asked = parse_arguments()
     start_ranks_quietly()
-    job = Job(DEFAULTS, asked.samples, asked.threads)
+    job = Job(LORA_SST2, asked.samples, asked.threads)
     speed = measure_speed(job, asked.rounds) if "speed" in asked.only else {}
     predict = measure_prediction(job, asked.rounds) if "predict" in asked.only else {}
     ddp = measure_ddp(job, asked.rounds) if "ddp" in asked.only else {}

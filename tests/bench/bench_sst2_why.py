@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a scr
 import torch
 from torch import nn
 
-from recipes.lora_sst2 import DEFAULTS
 from tests.bench.timing import (
+    LORA_SST2,
     Job,
     build_trainer,
     in_turn,
@@ -53,7 +53,7 @@ def main() -> None:
     ratios: dict[str, float | None] = {}
     for part, base, contestants in (("parts", RECIPE, parts), ("ranks", ONE, ranks)):
         if part in asked.only:
-            values = in_turn(contestants(Job(DEFAULTS, asked.samples, 2 if part == "parts" else 1)), asked.rounds)
+            values = in_turn(contestants(Job(LORA_SST2, asked.samples, 2 if part == "parts" else 1)), asked.rounds)
             show(f"{part}, {asked.samples:,} samples", values, "samples/s")
             ratios |= {name: median_ratio(values, name, base) for name in values if name != base}
     print_ratios(ratios)

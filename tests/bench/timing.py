@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
+from recipes.lora_sst2 import DEFAULTS
 from tests.rank_pool import PRELOAD, run_ranks
 from trainer.backend import build_accelerator
 from trainer.config import RunConfig
@@ -27,6 +28,9 @@ from trainer.data.classify import ClassificationSet, Split, build_data
 from trainer.loop import Trainer
 from trainer.model.load import build_model
 from trainer.task.classification import ClassificationTask
+
+LORA_SST2: RunConfig = DEFAULTS.model_copy(update={"train": DEFAULTS.train.model_copy(update={"resume": "never"})})
+"""The recipe as the benchmarks measure it: a run of its name that is finished, such as the demo's, does not stop them."""
 
 WARM_UP = 5
 """Steps that every contestant takes before the clock starts."""
