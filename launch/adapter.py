@@ -167,6 +167,7 @@ def evaluate(
     texts, labels = held_out_samples(next(iter(paths.values())))
     predictor, correct = AdapterPredictor(paths), dict.fromkeys(paths, 0)
     for name, one in predictor.predictors.items():
+        refuse_other_targets(name, one.target)
         unknown = sorted(set(labels) - set(one.label_names))
         if unknown:
             raise ConfigError(
@@ -197,14 +198,19 @@ def held_out_samples(run: Path) -> tuple[list[Any], list[str]]:
     config = load_config(run / "config.yaml")
     if not isinstance(config.data, ClassificationData):
         raise ConfigError(f"RUN ({run}) was not trained on labelled texts; evaluate works for classification")
-    if config.data.target != "single":
-        raise ConfigError(
-            f"RUN ({run}) was trained with data.target={config.data.target}; evaluate counts right labels, of which a text must have one"
-        )
+    refuse_other_targets(run, config.data.target)
     splits = read_splits(config.data)
     samples = splits.test or splits.validation
     texts = list(samples.texts) if samples.pairs is None else list(zip(samples.texts, samples.pairs, strict=True))
     return texts, [splits.label_names[label] for label in samples.labels]
+
+
+def refuse_other_targets(run: Path | str, target: str) -> None:
+    """ConfigError unless a run gives each text one label."""
+    if target != "single":
+        raise ConfigError(
+            f"RUN ({run}) was trained with data.target={target}; evaluate counts right labels, of which a text must have one"
+        )
 
 
 def choose_into(into: str | None, info: dict[str, Any]) -> str:

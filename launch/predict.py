@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.run_folder import find_exported
 from trainer.screen import print_plain
 
 if TYPE_CHECKING:
-    from trainer.predict.classify import Predictor
+    from trainer.predict.classify import Predictor, Text
     from trainer.predict.kinds import AnyPrediction
 
 TEXTS_AT_ONCE = 4096
@@ -63,7 +63,7 @@ def predict_command(
 def predict_with(predictor: "Predictor", sources: "Sources", *, batch_size: int, as_json: bool) -> int:
     """Print what an opened model says of all texts, and how fast. Returns the exit code."""
     try:
-        totals = _predict_all(predictor, sources.lines(), batch_size=batch_size, as_json=as_json)
+        totals = _predict_all(predictor, sources, batch_size=batch_size, as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
         return 0
@@ -144,11 +144,15 @@ class Totals:
     elapsed_s: float = 0.0
 
 
-def _predict_all(predictor: "Predictor", lines: Iterable[str], *, batch_size: int, as_json: bool) -> Totals:
-    totals, remaining = Totals(), iter(lines)
-    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+def _predict_all(predictor: "Predictor", sources: Sources, *, batch_size: int, as_json: bool) -> Totals:
+    totals, remaining = Totals(), sources.lines()
+    while lines := list(islice(remaining, TEXTS_AT_ONCE)):
         started = time.perf_counter()
-        predictions = predictor.predict(chunk, batch_size)
+        chunk = [pair_of(line) for line in lines] if predictor.pairs else lines
+        try:
+            predictions = predictor.predict(chunk, batch_size)
+        except TextError as error:
+            raise sources.located(error, totals.num_texts) from None
         totals.elapsed_s += time.perf_counter() - started
         totals.num_texts += len(chunk)
         totals.num_cut += sum(prediction.is_cut for prediction in predictions)
@@ -158,19 +162,31 @@ def _predict_all(predictor: "Predictor", lines: Iterable[str], *, batch_size: in
     return totals
 
 
-def plain_words(text: str, prediction: "AnyPrediction", width: int) -> str:
-    """What is predicted and the text in columns; a text of several lines becomes one."""
-    return f"{prediction.columns(width)}  {' '.join(text.split())}"
+def pair_of(line: str) -> "Text":
+    """The pair of a JSON object; any other line as it is, for the predictor to refuse."""
+    try:
+        row = json.loads(line)
+        text, pair = row["text"], row["text_pair"]
+    except (ValueError, TypeError, KeyError):
+        return line
+    return (text, pair) if isinstance(text, str) and isinstance(pair, str) else line
 
 
-def json_words(text: str, prediction: "AnyPrediction") -> str:
+def plain_words(text: "Text", prediction: "AnyPrediction", width: int) -> str:
+    """What is predicted and the text in columns; a text of several lines becomes one, and so does a pair."""
+    words = text if isinstance(text, str) else " | ".join(text)
+    return f"{prediction.columns(width)}  {' '.join(words.split())}"
+
+
+def json_words(text: "Text", prediction: "AnyPrediction") -> str:
     """One JSON object, with the probability of every label."""
     return json.dumps(json_facts(text, prediction), ensure_ascii=False)
 
 
-def json_facts(text: str, prediction: "AnyPrediction") -> dict[str, object]:
+def json_facts(text: "Text", prediction: "AnyPrediction") -> dict[str, object]:
     """What a JSON line says."""
-    return {"text": text, **prediction.facts(), "is_cut": prediction.is_cut}
+    asked = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+    return {**asked, **prediction.facts(), "is_cut": prediction.is_cut}
 
 
 def _report(totals: Totals, sources: Sources, max_length: int) -> None:

@@ -6,21 +6,22 @@ Results go to standard output, one line an answer; counts and speed go to standa
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from launch.predict import TEXTS_AT_ONCE, Sources, check_options, json_facts, plain_words
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, TextError
 from trainer.quiet import quiet_libraries
 from trainer.screen import print_plain
 
 if TYPE_CHECKING:
     from trainer.predict.adapters import AdapterGenerator, AdapterPredictor
+    from trainer.predict.classify import Text
 
-Request = tuple[str, str]
-"""A text, and the name of the adapter that answers it."""
+Request = tuple["Text", str]
+"""A text or pair, and the name of the adapter that answers it."""
 
 
 def named_runs(runs: Sequence[str], setting: str = "--adapters") -> dict[str, Path]:
@@ -63,8 +64,14 @@ def predict_adapters_command(
     )
     count, remaining = 0, requests_of(sources, list(names))
     while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+        try:
+            lines = list(answers_of(model, chunk, chosen.batch_size, as_json=as_json))
+        except TextError as error:
+            raise sources.located(
+                TextError(text_number(sources, names, count + error.number), error.words), 0
+            ) from None
         count += len(chunk)
-        for (_, name), line in zip(chunk, answers_of(model, chunk, chosen.batch_size, as_json=as_json), strict=True):
+        for (_, name), line in zip(chunk, lines, strict=True):
             print_plain(sys.stdout, line if as_json else f"{name:<{max(map(len, names))}}  {line}")
     if count == 0:
         raise DataError(f"{sources.name} has no text; give one in quotes, --file FILE with one a line, or pipe them in")
@@ -81,7 +88,8 @@ def answers_of(
     from trainer.predict.adapters import AdapterPredictor
 
     if not isinstance(model, AdapterPredictor):
-        for (_, name), written in zip(requests, model.answer(requests), strict=True):
+        texts = cast("Sequence[tuple[str, str]]", requests)  # it refuses a pair
+        for (_, name), written in zip(requests, model.answer(texts), strict=True):
             yield json.dumps({"adapter": name, **written.facts}, ensure_ascii=False) if as_json else written.words
         return
     width = max(len(label) for predictor in model.predictors.values() for label in predictor.label_names)
@@ -92,23 +100,36 @@ def answers_of(
 
 def requests_of(sources: Sources, names: Sequence[str]) -> Iterator[Request]:
     """Every text for every adapter; of a `.jsonl` file for the adapter that its line names."""
-    is_requests = sources.file is not None and sources.file.suffix == ".jsonl"
     for number, line in enumerate(sources.lines(), start=1):
-        if is_requests and number > len(sources.texts):
+        if holds_requests(sources) and number > len(sources.texts):
             yield request_of(line, names, f"{sources.name}, request {number - len(sources.texts)}")
         else:
             yield from ((line, name) for name in names)
 
 
+def holds_requests(sources: Sources) -> bool:
+    """Whether the lines of the file say which adapter is asked."""
+    return sources.file is not None and sources.file.suffix == ".jsonl"
+
+
+def text_number(sources: Sources, names: Collection[str], request: int) -> int:
+    """Which of the texts a request holds, both from 1."""
+    by_all = len(sources.texts) * len(names)
+    if holds_requests(sources) and request > by_all:
+        return len(sources.texts) + request - by_all
+    return (request - 1) // len(names) + 1
+
+
 def request_of(line: str, names: Sequence[str], where: str) -> Request:
-    """DataError for a line that is no {"text": ..., "adapter": ...}."""
+    """DataError for a line that is no {"text": ..., "adapter": ...}, with "text_pair" for a pair."""
     try:
         row = json.loads(line)
-        text, name = row["text"], row["adapter"]
+        text, pair, name = row["text"], row.get("text_pair", ""), row["adapter"]
     except (ValueError, KeyError, TypeError):
         raise DataError(f'{where} ({line:.80}): must be {{"text": ..., "adapter": ...}}') from None
     if name not in names:
         raise DataError(f"{where}: adapter ({name}) must be one of {', '.join(names)}")
-    if not isinstance(text, str):
-        raise DataError(f"{where}: text ({text!r:.80}) must be a string")
-    return text, name
+    for key, value in (("text", text), ("text_pair", pair)):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {key} ({value!r:.80}) must be a string")
+    return (text, pair) if "text_pair" in row else text, name

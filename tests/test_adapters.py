@@ -19,7 +19,7 @@ from launch.adapter import held_out_samples
 from launch.cli import main
 from tests.exported_runs import ADAPTER, command, export_clm, llama_base
 from tests.test_predict import LABELS, TEXTS, export_run
-from tests.tiny import tiny_bert, tiny_sentences
+from tests.tiny import tiny_bart, tiny_bert, tiny_sentences, tiny_t5
 from trainer.config import ModelConfig, QloraConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.adapters import Difference, compare, find_adapter, merge, merged
@@ -164,6 +164,40 @@ def test_a_merged_model_opens_without_its_adapter_and_says_the_same(
     assert load_predictor(tmp_path / "out").predict(TEXTS)[0].label in LABELS
 
 
+def test_a_model_that_keeps_buffers_in_its_files_is_merged(tmp_path: Path) -> None:
+    """BART's final_logits_bias is none of its parameters."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSeq2SeqLM
+
+    base = AutoModelForSeq2SeqLM.from_pretrained(tiny_bart(tmp_path / "bart"))
+    settings = LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge(*find_adapter(tmp_path / "adapter"), "base", tmp_path / "out")
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        alone = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")(input_ids=ids, decoder_input_ids=ids).logits
+        expected = adapted.eval()(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.allclose(alone, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("into", ["dequantized", "base"])
+def test_a_quantized_base_of_gpt2s_transposed_layers_is_merged(into: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    words = AutoTokenizer.from_pretrained(tiny_t5(tmp_path / "words"))
+    config = GPT2Config(vocab_size=len(words), n_embd=64, n_layer=2, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    words.save_pretrained(tmp_path / "gpt2")
+    folder, info = find_adapter(export_clm(tmp_path / "run", tmp_path / "gpt2", {"name": "qlora"}))
+    merge(folder, info, into, tmp_path / "out")
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+        apart = (alone - load_exported(folder)[0](input_ids=ids).logits).abs().max()
+    assert apart < 1e-4 if into == "dequantized" else 1e-3 < apart < 10
+
+
 def test_a_quantized_base_is_merged_as_the_adapter_knew_it_and_the_other_merge_is_told_apart(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -273,6 +307,7 @@ def test_the_commands_list_inspect_compare_and_predict(
 
     assert "qlora" in say("adapter", "list", str(root))
     assert "quantized to nf4" in say("adapter", "inspect", str(runs["qlora"]))
+    assert "  size: " in say("adapter", "inspect", str(runs["adapter"]))
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS))
     assert "to rounding" in say("adapter", "compare", str(runs["lora"]), "--text", str(texts))
@@ -291,3 +326,27 @@ def test_the_commands_list_inspect_compare_and_predict(
     assert rows[2][1] == f"{share:.4f}"
     assert f"{runs['lora'] / 'merged'}, opened again" in say("adapter", "merge", str(runs["lora"]))
     assert load_predictor(runs["lora"] / "merged").predict(TEXTS)[0].label in LABELS
+
+
+def test_evaluation_refuses_an_adapter_that_gives_several_labels(
+    root: Path, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = export_run(tmp_path / "several", root / "base", "lora", target="multi")
+    tiny_sentences(tmp_path / "data.csv", rows=40)
+    (runs["lora"] / "config.yaml").write_text(f"name: tiny\ndata:\n  source: {tmp_path / 'data.csv'}\n")
+    assert command("adapter", "evaluate", f"{runs['lora']},{several}") == 2
+    assert "RUN (several) was trained with data.target=multi" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_long_text_is_cut_for_the_virtual_tokens_of_a_plain_adapter(method: str, tmp_path: Path) -> None:
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    base = tiny_bert(tmp_path / "base")
+    kind = PromptTuningConfig if method == "prompt" else PrefixTuningConfig
+    plain = AutoModelForSequenceClassification.from_pretrained(base)
+    adapted = get_peft_model(plain, kind(task_type="SEQ_CLS", num_virtual_tokens=5))
+    adapted.save_pretrained(tmp_path / "adapter")
+    predictor = load_predictor(tmp_path / "adapter")
+    assert predictor.max_length == AutoTokenizer.from_pretrained(base).model_max_length - 5
+    assert predictor.predict(["good " * 600])[0].is_cut

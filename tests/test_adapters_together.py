@@ -114,6 +114,41 @@ def test_adapters_that_cannot_share_a_batch_take_turns(root: Path) -> None:
         assert mine == pytest.approx([one.confidence for one in alone], abs=1e-5)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("first", [2, 3])
+def test_classifiers_with_other_numbers_of_labels_take_turns(first: int, root: Path, tmp_path: Path) -> None:
+    three = export_run(tmp_path / "three", root / "base", "lora", ("bad", "good", "neither"))
+    score = export_run(tmp_path / "score", root / "base", "lora", ("score",), target="regression")
+    runs = {"base.1": root / "base.1", "three": three, "score": score}
+    together = AdapterPredictor(runs if first == 2 else dict(reversed(runs.items())), torch.device("cpu"))
+    assert not together.mixes
+    answers = iter(together.predict([(text, name) for name in runs for text in TEXTS]))
+    for folder in runs.values():
+        alone = load_predictor(folder, torch.device("cpu")).predict(TEXTS)
+        assert [list(next(answers).facts().values())[-1] for _ in TEXTS] == [
+            pytest.approx(list(one.facts().values())[-1], abs=1e-5) for one in alone
+        ]
+
+
+def test_an_adapter_for_pairs_answers_pairs_beside_one_for_texts(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = export_run(tmp_path / "pairs", root / "base", "lora", pairs=True)
+    chosen, file = f"{pairs},{root / 'base.1'}", tmp_path / "requests.jsonl"
+    asked: list[dict[str, str]] = [
+        {"text": "good", "text_pair": "awful", "adapter": "pairs"},
+        {"text": "dull", "adapter": "base.1"},
+    ]
+    file.write_text("\n".join(map(json.dumps, asked)))
+    capsys.readouterr()  # what the export said
+    assert command("predict", "--adapters", chosen, "--file", file, "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{key: row[key] for key in one} for one, row in zip(asked, rows, strict=True)] == asked
+    alone = load_predictor(pairs).predict([("good", "awful")])[0]
+    assert rows[0]["confidence"] == pytest.approx(alone.confidence, abs=1e-5)  # type: ignore[union-attr]
+    assert command("predict", "--adapters", chosen, "dull") == 2
+    assert 'must be a pair of texts like those of the training; write it as {"text"' in capsys.readouterr().err
+
+
 def test_adapters_of_two_bases_or_kinds_are_refused(root: Path, tmp_path: Path) -> None:
     tiny_bert(tmp_path / "other")
     lora = root / "base.0"
@@ -146,8 +181,8 @@ def test_each_adapter_writes_as_it_does_alone(method: str, mixes: bool, how: dic
     texts = ["w3 w4", "w9 w8 w7 w6", "w1"]
     together = AdapterGenerator(runs, options)
     assert together.mixes == mixes
-    with pytest.raises(DataError, match=r"text 2 .* shorten the text"):
-        together.answer([("w1", "a.1"), ("w1 " * 200, "a.1")])
+    with pytest.raises(DataError, match=r"text 3 .* shorten the text"):
+        together.answer([("w1", "a.0"), ("w1", "a.1"), ("w1 " * 200, "a.1")])
     together = AdapterGenerator(runs, options)  # sampling counts texts
     requests = [(text, name) for text in texts for name in runs]
     written = [answer.facts["generated"] for answer in together.answer(requests)]
@@ -171,6 +206,11 @@ def test_a_file_of_requests_names_the_adapter_of_each(
     for row in rows:
         alone = load_predictor(root / row["adapter"]).predict([row["text"]])[0]
         assert row["confidence"] == pytest.approx(alone.confidence, abs=1e-5)  # type: ignore[union-attr]
+    asked[1]["text"] = " "
+    file.write_text("\n\n".join(map(json.dumps, asked)))
+    for texts, number in (((), 3), (("good",), 3)):  # of the file; the second is its third line
+        assert command("predict", "--adapters", chosen, *texts, "--file", file) == 2
+        assert f"line {number} (' ') is empty" in capsys.readouterr().err
     file.write_text('{"text": "good", "adapter": "base.4"}')
     assert command("predict", "--adapters", chosen, "--file", file) == 2
     assert "adapter (base.4) must be one of base.3, base.5" in capsys.readouterr().err

@@ -43,8 +43,8 @@ def train_briefly(model: torch.nn.Module, tokenizer) -> None:
         optimizer.step()
 
 
-def export_run(folder: Path, base: Path, method: str) -> Path:
-    """A finished run's directory, by the toolkit's own model code."""
+def export_run(folder: Path, base: Path, method: str, labels: tuple[str, ...] = LABELS, **info: object) -> Path:
+    """A finished run's directory, by the toolkit's own model code; info: further entries of samestep.json."""
     from accelerate import Accelerator
 
     from trainer.config import RunConfig
@@ -54,17 +54,18 @@ def export_run(folder: Path, base: Path, method: str) -> Path:
     from trainer.model.methods import METHODS
 
     config = RunConfig(name="tiny", model={"source": str(base)}, method={"name": method})
-    model = build_model(config, LABELS, Accelerator(cpu=True))
+    model = build_model(config, labels, Accelerator(cpu=True))
     identity = base_identity(model) if METHODS[method].is_adapter else None
     tokenizer = load_tokenizer(config.model)
-    train_briefly(model, tokenizer)
+    if len(labels) > 1:
+        train_briefly(model, tokenizer)
     state = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad or method == "full"}
-    info = {"task": "classification", "method": method, "base": str(base)}
+    info |= {"task": "classification", "method": method, "base": str(base)}
     info["base_identity"] = identity
     info["quantization"] = config.method.model_dump(include={"quantize", "double_quantization"}) or None
     folder.mkdir()
     (folder / "config.yaml").write_text("name: tiny\n")
-    export_model(model, state, tokenizer, folder / "model", info | {"label_names": LABELS, "max_length": MAX_LENGTH})
+    export_model(model, state, tokenizer, folder / "model", info | {"label_names": labels, "max_length": MAX_LENGTH})
     return folder
 
 
@@ -252,6 +253,31 @@ def test_more_texts_than_are_read_at_once_stay_in_order(run, tmp_path, capfd, mo
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 2))
     predict_command(run, [], file=tmp_path / "texts.txt")
     assert [line.split("  ", 2)[2] for line in capfd.readouterr().out.splitlines()] == TEXTS * 2
+
+
+def test_a_run_on_pairs_answers_pairs_and_refuses_a_text_alone(base, tmp_path, capfd):
+    run = export_run(tmp_path / "pairs", base, "lora", pairs=True)
+    file = tmp_path / "pairs.jsonl"
+    pair = {"text": "good", "text_pair": "awful film"}
+    file.write_text(f"\n{json.dumps(pair)}\n")
+    capfd.readouterr()
+    assert predict_command(run, [json.dumps(pair)], file=file, as_json=True) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    alone = load_predictor(run).predict([("good", "awful film")])[0]
+    for row in rows:
+        assert {key: row[key] for key in pair} == pair
+        assert row["probabilities"] == pytest.approx(alone.probabilities, abs=1e-6)
+    assert alone.probabilities != load_predictor(run).predict([("good awful film", "film")])[0].probabilities
+    file.write_text(f"{json.dumps(pair)}\n\ngood\n")
+    with pytest.raises(
+        DataError, match=r'line 3 .*must be a pair of texts like those of the training; write it as {"text"'
+    ):
+        predict_command(run, [], file=file)
+
+
+def test_half_a_surrogate_pair_is_refused(predictor):
+    with pytest.raises(DataError, match=r"text 2 holds half of a surrogate pair.*write it in UTF-8"):
+        predictor.predict(["good", "caf\udce9"])
 
 
 def test_mistakes_name_the_fix(run, tmp_path):

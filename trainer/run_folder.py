@@ -79,6 +79,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"task": task, "method": method, "base": base}
     if task in ("classification", "token_classification"):
         found["label_names"] = _labels_of_head(folder)
+        found["num_virtual_tokens"] = settings.get("num_virtual_tokens") or 0
     if task == "classification" and len(found["label_names"]) == 1:
         found["target"] = "regression"  # one class alone would always hold
     return found

@@ -146,6 +146,7 @@ def test_dotted_target_matches_attention_only() -> None:
 
 def test_all_linear_is_every_linear_layer_of_the_blocks() -> None:
     names = resolve_targets(plain(SMALL_BERT), "all-linear")
+    assert resolve_targets(plain(SMALL_BERT), ("all-linear",)) == names  # as --targets all-linear and lists have it
     kinds = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
     kinds += ["intermediate.dense", "output.dense"]
     assert names == [f"bert.encoder.layer.{block}.{kind}" for block in (0, 1) for kind in kinds]

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from launch.predict import pair_of
+from trainer.config import ClassificationData, RunConfig
 from trainer.task.classification import ClassificationTask
 from trainer.task.clm import ClmTask
 from trainer.task.instruct import InstructTask
@@ -17,6 +19,7 @@ from trainer.task.seq2seq import Seq2SeqTask
 from trainer.task.token_classification import TokenClassificationTask
 
 FOLDER = Path('my runs/Ann\'s "best" $1')
+ALONE, PAIRS = ClassificationData(), ClassificationData(text_pair="hypothesis")
 MASKED, PERMUTED = (
     SimpleNamespace(
         settings=SimpleNamespace(objective=objective),
@@ -30,13 +33,16 @@ MASKED, PERMUTED = (
 @pytest.mark.parametrize(
     ("task", "state"),
     [
-        *((task, None) for task in (ClassificationTask, TokenClassificationTask, QuestionAnsweringTask)),
-        *((task, None) for task in (Seq2SeqTask, InstructTask)),
+        *((ClassificationTask, SimpleNamespace(config=RunConfig(name="x", data=data))) for data in (ALONE, PAIRS)),
+        *((task, None) for task in (TokenClassificationTask, QuestionAnsweringTask, Seq2SeqTask, InstructTask)),
         (ObjectiveTask, MASKED),
     ],
 )
 def test_a_shell_reads_the_folder_as_one_word(task: Any, state: Any) -> None:
-    assert shlex.split(task.usage(state, FOLDER))[:3] == ["samestep", "predict", str(FOLDER)]
+    *command, text = shlex.split(task.usage(state, FOLDER))
+    assert command[:3] == ["samestep", "predict", str(FOLDER)]
+    is_for_pairs = task is ClassificationTask and state.config.data.text_pair is not None
+    assert isinstance(pair_of(text), tuple) == is_for_pairs
 
 
 @pytest.mark.parametrize(("task", "state"), [(ClmTask, None), (ObjectiveTask, PERMUTED)])

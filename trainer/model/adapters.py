@@ -14,8 +14,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import CheckpointError, ConfigError
+from trainer.model.bottleneck import SETTINGS_FILE
 from trainer.model.export import (
     exported_tokenizer,
     load_base,
@@ -23,6 +25,7 @@ from trainer.model.export import (
     opening,
     put_adapter,
     read_sizes,
+    saved_buffers,
     verify_tensors,
     write_info,
 )
@@ -91,11 +94,22 @@ def merged(folder: Path, info: Mapping[str, Any], into: Into, *, trust_remote_co
     keeps = {**info, "quantization": info.get("quantization") if into == "dequantized" else None}
     with opening(folder):
         base = load_base(keeps, trust_remote_code=trust_remote_code)
+        turned = [name for name, one in base.named_modules() if getattr(one, "source_cls", None) is Conv1D]
         if into == "dequantized":
             base = cast(PreTrainedModel, cast(Any, base).dequantize(dtype=torch.float32))
         adapted = put_adapter(base, folder, info)
         whole = cast(Any, adapted).merge_and_unload().to("cpu")  # a quantized base is on the GPU where there is one
+        for name in turned if into == "dequantized" else ():
+            whole.set_submodule(name, conv_of(whole.get_submodule(name)))
         return cast(PreTrainedModel, whole).eval()
+
+
+def conv_of(linear: nn.Linear) -> Conv1D:
+    """GPT-2's layer, whose weight is transposed: transformers quantizes it as a linear layer, and as one it comes back (5.23)."""
+    conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+    conv.bias = linear.bias
+    return conv
 
 
 def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, trust_remote_code: bool = False) -> None:
@@ -113,14 +127,20 @@ def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, tr
             facts.pop(name, None)
         facts |= {"method": "full", "merged": {"method": info["method"], "into": into}}
         write_info(target, facts)
-        verify_tensors(target, {name: p.numel() for name, p in model.named_parameters()})
-        loaded = dict(load_exported(target, trust_remote_code=trust_remote_code)[0].named_parameters())
-        for name, parameter in model.named_parameters():
-            if not torch.equal(loaded[name], parameter):
+        saved = saved_tensors(model)
+        verify_tensors(target, {name: tensor.numel() for name, tensor in saved.items()})
+        loaded = saved_tensors(load_exported(target, trust_remote_code=trust_remote_code)[0])
+        for name, tensor in saved.items():
+            if not torch.equal(loaded[name], tensor):
                 raise CheckpointError(f"{target}: {name} did not come back equal; merge again")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model's files hold."""
+    return dict(model.named_parameters()) | saved_buffers(model)
 
 
 @torch.no_grad()
@@ -176,8 +196,8 @@ def adapter_facts(folder: Path, info: Mapping[str, Any]) -> dict[str, Any]:
     """Method, base, size and settings of an exported adapter, without loading it. CheckpointError for files that are damaged."""
     with opening(folder):
         sizes = read_sizes(folder)
-        file = folder / ADAPTER_FILE
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file = folder / (ADAPTER_FILE if (folder / ADAPTER_FILE).is_file() else SETTINGS_FILE)
+        settings = json.loads(file.read_text(encoding="utf-8"))
     return {
         "method": info["method"],
         "base": info["base"],

@@ -172,12 +172,17 @@ def verify_tensors(folder: Path, sizes: Mapping[str, int]) -> None:
 
 def read_sizes(folder: Path) -> dict[str, int]:
     """Elements of each tensor in the folder's safetensors files."""
-    sizes = {}
+    return {name: math.prod(shape) for name, shape in read_shapes(folder).items()}
+
+
+def read_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of each tensor in the folder's safetensors files, from their headers."""
+    shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                sizes[name] = math.prod(tensors.get_slice(name).get_shape())
-    return sizes
+                shapes[name] = tensors.get_slice(name).get_shape()
+    return shapes
 
 
 def load_exported(
@@ -218,7 +223,7 @@ def exported_tokenizer(folder: Path, info: dict[str, Any], *, trust_remote_code:
     else:
         tokenizer = load_tokenizer(ModelConfig(source=info["base"], trust_remote_code=trust_remote_code))
     if "label_names" in info:
-        info.setdefault("max_length", min(tokenizer.model_max_length, 512))
+        info.setdefault("max_length", min(tokenizer.model_max_length, 512) - info.get("num_virtual_tokens", 0))
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

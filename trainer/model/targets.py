@@ -20,7 +20,7 @@ def resolve_targets(model: nn.Module, targets: Sequence[str] | str, *, setting: 
     A target names the last dotted parts: `dense` is every dense layer of the encoder, `attention.output.dense` only attention's.
     `all-linear`: every linear layer of the repeated blocks, without pooler and head.
     """
-    if targets == "all-linear":
+    if targets == "all-linear" or tuple(targets) == ("all-linear",):
         inside = {id(module) for block in repeated_blocks(encoder_of(model)) for module in block.modules()}
         return [name for name in encoder_linears(model) if id(model.get_submodule(name)) in inside]
     known = encoder_linears(model)

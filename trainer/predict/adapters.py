@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, TextError
 from trainer.model.adapters import find_adapter
 from trainer.model.bottleneck import SETTINGS_FILE
-from trainer.model.export import exported_tokenizer, load_base, opening, put_adapter
+from trainer.model.export import exported_tokenizer, is_peft, load_base, opening, put_adapter, read_shapes
 from trainer.model.methods import METHODS
 from trainer.predict.answer import Answer, PredictOptions
 from trainer.predict.classify import Predictor, Text, check_texts, predictor_of
@@ -43,6 +43,7 @@ class SharedBase:
             model: Any = load_base(info, trust_remote_code=False)
         for name, (folder, info) in found.items():
             with opening(folder):
+                fit_heads(model, folder)
                 model = put_adapter(model, folder, info, self.inner[name])
         self.model: Any = model.eval()
         self.tokenizers = {
@@ -52,14 +53,17 @@ class SharedBase:
     def answer_in_turns(
         self, requests: Sequence[tuple[Any, str]], answer: Callable[[str, list[Any]], Sequence[Any]]
     ) -> list[Any]:
-        """`answer(name, texts)` of each adapter with its own texts, in the order of the requests."""
+        """`answer(name, texts)` of each adapter with its own texts, in the order of the requests, by which a TextError numbers them."""
         answers: dict[int, Any] = {}
         for name in self.infos:
             places = [place for place, (_, wanted) in enumerate(requests) if wanted == name]
             if places:
                 self.model.set_adapter(self.inner[name])
                 texts = [requests[place][0] for place in places]
-                answers |= dict(zip(places, answer(name, texts), strict=True))
+                try:
+                    answers |= dict(zip(places, answer(name, texts), strict=True))
+                except TextError as error:
+                    raise TextError(places[error.number - 1] + 1, error.words) from None
         return [answers[place] for place in range(len(requests))]
 
     def num_bytes(self) -> int:
@@ -76,13 +80,13 @@ class AdapterPredictor(SharedBase):
             name: predictor_of(self.model, self.tokenizers[name], info, device) for name, info in self.infos.items()
         }
         infos = list(self.infos.values())
-        same = len({(len(info["label_names"]), info["max_length"], info.get("target")) for info in infos}) == 1
+        read = ("max_length", "target", "pairs")
+        same = len({(len(info["label_names"]), *(info.get(key) for key in read)) for info in infos}) == 1
         self.mixes = same and all(METHODS[info["method"]].mixes for info in infos) and has_linear_heads(self.model)
         """Whether requests for different adapters share batches."""
 
     def predict(self, requests: Sequence[tuple[Text, str]], batch_size: int = 32) -> list[AnyPrediction]:
-        """Answers in the order of the requests, each (text, name of its adapter). DataError for a text that is empty."""
-        check_texts([text for text, _ in requests])
+        """Answers in the order of the requests, each (text, name of its adapter). DataError for a text that its predictor refuses."""
         if self.mixes:
             return self._predict_mixed(requests, batch_size)
         return self.answer_in_turns(requests, lambda name, texts: self.predictors[name].predict(texts, batch_size))
@@ -90,7 +94,9 @@ class AdapterPredictor(SharedBase):
     def _predict_mixed(self, requests: Sequence[tuple[Text, str]], batch_size: int) -> list[AnyPrediction]:
         """Batches of similar length, whatever their adapters."""
         any_one = next(iter(self.predictors.values()))
-        samples = any_one.encode([text for text, _ in requests])
+        texts = [text for text, _ in requests]
+        check_texts(texts, any_one.pairs)
+        samples = any_one.encode(texts)
         order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
         scores = np.zeros((len(samples), len(any_one.label_names)))
         for start in range(0, len(order), batch_size):
@@ -108,9 +114,10 @@ class AdapterGenerator(SharedBase):
 
     def __init__(self, runs: Mapping[str, Path], options: PredictOptions) -> None:
         super().__init__(runs)
-        self.answerers: dict[str, Generator] = {
-            name: open_answerer(self.model, self.tokenizers[name], info, options) for name, info in self.infos.items()
-        }
+        self.answerers: dict[str, Generator] = {}
+        for name, info in self.infos.items():
+            self.model.set_adapter(self.inner[name])  # by which it counts virtual tokens
+            self.answerers[name] = open_answerer(self.model, self.tokenizers[name], info, options)
         hows = [answerer.how for answerer in self.answerers.values()]
         mixes = all(METHODS[info["method"]].mixes for info in self.infos.values())
         self.mixes = mixes and all(how == hows[0] for how in hows) and has_linear_heads(self.model)
@@ -124,7 +131,7 @@ class AdapterGenerator(SharedBase):
 
     def _answer_mixed(self, requests: Sequence[tuple[str, str]]) -> list[Answer]:
         """Batches of similar length, whatever their adapters."""
-        check_texts([text for text, _ in requests])
+        check_texts([text for text, _ in requests], pairs=False)
         asked = self.answer_in_turns(requests, lambda name, texts: self.answerers[name].numbered_prompts(texts))
         prompts, numbers = [prompt for prompt, _, _ in asked], [number for _, _, number in asked]
         names = [self.inner[name] for _, name in requests]
@@ -133,6 +140,21 @@ class AdapterGenerator(SharedBase):
             self.answerers[name].told(text, made, is_cut=is_cut)
             for (text, name), made, (_, is_cut, _) in zip(requests, written, asked, strict=True)
         ]
+
+
+def fit_heads(model: torch.nn.Module, folder: Path) -> None:
+    """Give each head that PEFT copies for the next adapter as many classes as that one has; the copies that are there stay. In place."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    sizes = read_shapes(folder) if is_peft(model) else {}
+    for name, wrapper in list(model.named_modules()):
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for inner, layer in list(wrapper.original_module.named_modules(prefix="original_module")):
+            rows = sizes.get(f"{name}{inner.removeprefix('original_module')}.weight", (0,))[0]
+            if isinstance(layer, torch.nn.Linear) and rows not in (0, layer.out_features):
+                fitted = torch.nn.Linear(layer.in_features, rows, bias=layer.bias is not None)
+                wrapper.set_submodule(inner, fitted.to(layer.weight))
 
 
 def has_linear_heads(model: torch.nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trainer.data.tables import surrogate_problem
 from trainer.errors import ConfigError, TextError
 from trainer.model.export import load_exported
 from trainer.model.methods import METHODS
@@ -21,6 +22,11 @@ from trainer.run_folder import find_exported
 
 Text = str | tuple[str, str]
 """A sentence, or a pair of them for a model that was trained on pairs."""
+
+
+KINDS = ("one text", "a pair of texts")
+PAIR = '{"text": ..., "text_pair": ...}'
+"""How a pair is written where texts are lines."""
 
 
 class Predictor:
@@ -34,18 +40,22 @@ class Predictor:
         label_names: Sequence[str],
         max_length: int,
         target: str = "single",
+        pairs: bool | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """max_length: tokens. target: data.target of the training. device: None takes the accelerator where there is one, else the CPU."""
+        """max_length: tokens. target: data.target of the training. pairs: whether it was on pairs; None where nobody knows.
+
+        device: None takes the accelerator where there is one, else the CPU.
+        """
         self.device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.model = model.to(self.device).eval()
         self.tokenizer, self.label_names, self.max_length = tokenizer, tuple(label_names), max_length
-        self.target = target
+        self.target, self.pairs = target, pairs
 
     def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[AnyPrediction]:
-        """Predictions in the order of `texts`. DataError for a text that is empty or of another kind than the first."""
+        """Predictions in the order of `texts`. DataError for a text that is empty, or a pair where single texts are read or the reverse."""
         assert batch_size > 0, batch_size
-        check_texts(texts)
+        check_texts(texts, self.pairs)
         samples = self.encode(texts)
         order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
         scores = np.zeros((len(samples), len(self.label_names)))
@@ -111,18 +121,26 @@ def predictor_of(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, info: Mapping[str, Any], device: torch.device | None = None
 ) -> Predictor:
     """Of a model whose samestep.json is `info`."""
-    names, max_length, target = info["label_names"], info["max_length"], info.get("target", "single")
-    return Predictor(model, tokenizer, label_names=names, max_length=max_length, target=target, device=device)
+    about = {name: info[name] for name in ("label_names", "max_length", "target", "pairs") if name in info}
+    return Predictor(model, tokenizer, **about, device=device)
 
 
-def check_texts(texts: Sequence[Text]) -> None:
-    """DataError names the first text, from 1, that is empty, or a pair among single texts or the reverse."""
+def check_texts(texts: Sequence[Text], pairs: bool | None = None) -> None:
+    """DataError names the first text, from 1, that is empty, or a pair among single texts or the reverse.
+
+    pairs: what all must be; None takes the kind of the first.
+    """
     for number, text in enumerate(texts, start=1):
         parts = [text] if isinstance(text, str) else list(text)
-        if len(parts) != (1 if isinstance(texts[0], str) else 2):
-            raise TextError(number, f"({text!r:.80}) must be {_kind(texts[0])} like the first; predict it apart")
+        wants_pair = pairs if pairs is not None else not isinstance(texts[0], str)
+        if len(parts) != 1 + wants_pair:
+            like = "the first" if pairs is None else "those of the training"
+            fix = f"write it as {PAIR}" if wants_pair else "predict it apart"
+            raise TextError(number, f"({text!r:.80}) must be {KINDS[wants_pair]} like {like}; {fix}")
         if not all(part.strip() for part in parts):
             raise TextError(number, f"({text!r:.80}) is empty; leave it out")
+        if problem := "".join(map(surrogate_problem, parts)):
+            raise TextError(number, f"{problem}; write it in UTF-8")
 
 
 def pad_right(samples: Sequence[dict[str, list[int]]], padding: dict[str, int]) -> dict[str, Tensor]:
@@ -134,7 +152,3 @@ def pad_right(samples: Sequence[dict[str, list[int]]], padding: dict[str, int]) 
         )
         for name in samples[0]
     }
-
-
-def _kind(text: Text) -> str:
-    return "one text" if isinstance(text, str) else "a pair of texts"

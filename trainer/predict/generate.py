@@ -155,7 +155,7 @@ class Generator:
 
     def answer(self, texts: Sequence[str]) -> list[Answer]:
         """What is written to each text, in their order. DataError for a text that is empty, or too long for a model without encoder."""
-        check_texts(texts)
+        check_texts(texts, pairs=False)
         asked = self.numbered_prompts(texts)
         written = self.write([prompt for prompt, _, _ in asked], [number for _, _, number in asked])
         return [

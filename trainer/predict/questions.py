@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import QuestionData
 from trainer.data.questions import Question
+from trainer.data.tables import surrogate_problem
 from trainer.data.tokens import LARGEST_LIMIT
 from trainer.data.windows import Windows, make_windows
 from trainer.errors import TextError
@@ -105,6 +106,8 @@ def asked(text: str, context: str | None, number: int) -> Question:
             f"({question:.60}) has no context to answer from; give one with --context, or write the text as "
             '{"question": ..., "context": ...}',
         )
+    if problem := surrogate_problem(question) or surrogate_problem(context):
+        raise TextError(number, f"{problem}; write it in UTF-8")
     return Question(question, context)
 
 

@@ -89,6 +89,7 @@ class ClassificationTask:
             "label_names": list(self.data.label_names),
             "max_length": data.max_length,
             "target": data.target,
+            "pairs": data.text_pair is not None,
             "pooling": model.pooling,
             "head_layers": model.head_layers,
         }
@@ -97,7 +98,9 @@ class ClassificationTask:
         return {}
 
     def usage(self, folder: Path) -> str:
-        return f'samestep predict {quote(str(folder))} "your text"'
+        assert isinstance(self.config.data, ClassificationData)
+        text = "your text" if self.config.data.text_pair is None else '{"text": "one text", "text_pair": "its other"}'
+        return f"samestep predict {quote(str(folder))} {quote(text)}"
 
     @cached_property
     def varied(self) -> VariedBatches | None:
