@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.config import ClassificationData, RunConfig
+from trainer.config import ClassificationData, RunConfig, Target
 from trainer.config.augment import MODEL_KINDS, WORD_KINDS
 from trainer.data.augment import Augmenter, number_batch
 from trainer.data.batches import GlobalBatches
-from trainer.data.classify import read_splits
+from trainer.data.classify import RawSplits, read_splits
 from trainer.errors import ConfigError
 
 EPOCHS = 3
@@ -27,12 +27,22 @@ def show_augmented(config: RunConfig, sample: int) -> None:
 
     kinds = data.augment.kinds or WORD_KINDS
     augmenter = build_augmenter(data.augment.model_copy(update={"kinds": kinds}), raw.train, config.train.seed)
-    print(f"training sample {sample:,} of {config.name}: {raw.label_names[raw.train.labels[sample]]}")
+    print(f"training sample {sample:,} of {config.name}: {label_words(raw, sample, data.target)}")
     print(f"{'before':<18}{joined(augmenter.original(sample))}")
     for line in forms(augmenter, sample):
         print(line)
     for epoch in range(EPOCHS) if augmenter.settings.mixes else ():
         print(f"{f'mixup, epoch {epoch}':<18}{blend_words(config, augmenter, sample, epoch)}")
+
+
+def label_words(raw: RawSplits, sample: int, target: Target) -> str:
+    """The label of a training sample, its labels, or its number."""
+    label = raw.train.labels[sample]
+    if target == "single":
+        return str(raw.label_names[label])
+    if target == "regression":
+        return f"{label[0]:g}"
+    return ", ".join(name for name, holds in zip(raw.label_names, label, strict=True) if holds) or "no label"
 
 
 def forms(augmenter: Augmenter, sample: int) -> Iterator[str]:

@@ -64,7 +64,8 @@ def marked(config: RunConfig, streams: Streams, sample: int) -> tuple[dict[str, 
     assert isinstance(data, StreamData)
     if data.objective == "clm":
         tokenizer, vocabulary = completed(config, streams)
-        batch: dict[str, Any] = {"input_ids": streams.train.batch([sample])["input_ids"]}
+        batch: dict[str, Any] = streams.train.batch([sample])
+        batch["attention_mask"] = np.arange(batch["input_ids"].shape[1]) < batch["num_tokens"][:, None]
     else:
         task = ObjectiveTask(config, streams)
         tokenizer, vocabulary = task.tokenizer, task.vocabulary

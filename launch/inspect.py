@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from trainer.errors import ConfigError
 from trainer.quiet import quiet_libraries
 from trainer.run_folder import INFO_FILE, MODEL_FOLDER, find_exported, read_info
 
@@ -36,8 +37,11 @@ def inspect(
     """
     quiet_libraries()
     from trainer.config import ModelConfig
+    from trainer.data.tables import surrogate_problem
     from trainer.model.architecture import load_tokenizer
 
+    for problem in filter(None, map(surrogate_problem, texts or ())):
+        raise ConfigError(f"TEXT {problem}; write it in UTF-8")
     source = source_of(model)
     tokenizer = load_tokenizer(ModelConfig(source=source))
     facts = {**describe_model(source), **describe_tokenizer(tokenizer)}

@@ -1,16 +1,21 @@
 """`samestep data vocabulary FILE...`: how a tokenizer cuts the words of a text, and which words would be worth tokens of their own."""
 
+import copy
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launch.data_look import data_app
 from trainer.errors import ConfigError
 from trainer.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["data_app"]
 
@@ -26,11 +31,13 @@ class Word:
     text: str
     count: int
     pieces: tuple[str, ...]
+    later: int
+    """Its pieces where every word that is cut has a token: in byte-level vocabularies the space before it stays one."""
 
     @property
     def saved(self) -> int:
         """Tokens that the text would be shorter by."""
-        return self.count * (len(self.pieces) - 1)
+        return self.count * (len(self.pieces) - self.later)
 
 
 @data_app.command()
@@ -61,16 +68,27 @@ def vocabulary(
         counts.update(WORD.findall(document.text.lower() if is_lower else document.text))
     if not counts:
         raise ConfigError(f"FILE ({', '.join(files)}): there is no word in it; give a text")
-    names = list(counts)
-    encoded = loaded([f" {name}" for name in names], add_special_tokens=False, verbose=False)["input_ids"]
-    words = [
-        Word(name, counts[name], tuple(loaded.convert_ids_to_tokens(ids)))
-        for name, ids in zip(names, encoded, strict=True)
-    ]
-    proposed = sorted((word for word in words if word.saved), key=lambda word: (-word.saved, word.text))[:add]
+    words = cut_words(loaded, counts)
+    proposed = sorted((word for word in words if word.saved > 0), key=lambda word: (-word.saved, word.text))[:add]
     print_words(words, proposed)
     if output is not None:
         write_words(output, [word.text for word in proposed])
+
+
+def cut_words(tokenizer: "PreTrainedTokenizerBase", counts: Mapping[str, int]) -> list[Word]:
+    """Every word as it is cut behind a space, now and with tokens for all that are cut and may have one."""
+    from trainer.data.added_tokens import whole_words
+
+    texts = [f" {name}" for name in counts]
+    now = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    known, richer = tokenizer.get_vocab(), copy.deepcopy(tokenizer)
+    cut = [name for name, ids in zip(counts, now, strict=True) if len(ids) > 1 and name not in known]
+    richer.add_tokens(whole_words(cut))
+    later = richer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [
+        Word(name, count, tuple(tokenizer.convert_ids_to_tokens(ids)), min(len(ids), len(others)))
+        for (name, count), ids, others in zip(counts.items(), now, later, strict=True)
+    ]
 
 
 def print_words(words: list[Word], proposed: list[Word]) -> None:
@@ -86,7 +104,7 @@ def print_words(words: list[Word], proposed: list[Word]) -> None:
         f"{total:,} words, {len(words):,} of them different: {pieces / total:.3f} subwords per word, {whole / total:.1%} kept whole"
     )
     if not proposed:
-        print("no word is cut into pieces")
+        print("no word would be cut less by a token of its own")
         return
     print(f"with {len(proposed):,} tokens more: {(pieces - saved) / total:.3f} subwords per word")
     table = Table(box=None, pad_edge=False)
@@ -102,7 +120,9 @@ def print_words(words: list[Word], proposed: list[Word]) -> None:
 def write_words(output: Path, words: list[str]) -> None:
     """The file for model.added_tokens."""
     if not words:
-        raise ConfigError(f"--output ({output}): there is no word to write; every word is a token already")
+        raise ConfigError(
+            f"--output ({output}): there is no word to write; none would be cut less by a token of its own"
+        )
     try:
         output.write_text("\n".join(words) + "\n", encoding="utf-8")
     except OSError as error:

@@ -1,9 +1,10 @@
 """Objectives on real ranks: the same losses on every backend, and after a kill on other ranks; small models of each architecture."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from accelerate import Accelerator
 from transformers import AlbertConfig, AutoTokenizer, BartConfig, BertConfig, PretrainedConfig, T5Config, XLNetConfig
 
 from tests.distributed.resume_runs import metrics_of, start
@@ -11,6 +12,7 @@ from tests.tiny import tiny_tokens
 from trainer.config import ModelConfig, OptimConfig, RunConfig, StreamData, TrainConfig
 from trainer.config.data import TASK_OF_OBJECTIVE
 from trainer.model.export import load_exported
+from trainer.task import build_task
 
 NUM_STEPS = 6
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -137,10 +139,20 @@ def test_the_run_leaves_a_model_with_its_special_tokens_and_samples(objective: s
         assert model.config.decoder_start_token_id == tokenizer.pad_token_id
     if objective.startswith("mlm"):
         assert tokenizer.mask_token == "<mask>"
+    text, end = tokenizer("w1 w2", add_special_tokens=False)["input_ids"], [tokenizer.sep_token_id]
+    start = [tokenizer.cls_token_id]
+    framed = {"span_corruption": text + end, "plm": text + end + start}.get(objective, start + text + end)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(whole / "model")):
+        assert one("w1 w2")["input_ids"] == framed  # as every row of the training had it
     lines = metrics_of(whole)
     wanted: set[str] = {"eval/loss", "eval/perplexity", "eval/accuracy"}
     assert wanted | ({"eval/pair_accuracy"} if objective in ("mlm_nsp", "mlm_sop") else set()) <= lines[-1].keys()
-    assert {"train/loss", "train/accuracy", "train/padding"} <= lines[0].keys()
+    assert {"train/loss", "train/accuracy"} <= lines[0].keys()
+    task = cast(Any, build_task(make_config(root, whole, objective), Accelerator(cpu=True)))
+    first = task.training_batch(task.global_batch(0))
+    assert lines[0]["train/padding"] == pytest.approx(
+        float((first["input_ids"] == tokenizer.pad_token_id).double().mean()), abs=1e-6
+    )
     assert lines[-2]["eval/loss"] < lines[0]["train/loss"]
     assert (whole / "samples.txt").read_text().count("wanted: ") == 3
     files: set[Any] = {path.name for path in sorted((whole / "checkpoints").iterdir())[-1].iterdir()}

@@ -1,5 +1,8 @@
 """`samestep data show RECIPE K --augment`, and what is refused about augmentation."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from launch.cli import main
@@ -35,6 +38,21 @@ def test_a_sentence_is_shown_before_and_after_each_kind(
     assert lines[1] == f"before            {text}"
     assert [line[:18].rstrip() for line in lines[2:]] == [f"{k}, epoch {e}" for k in WORD_KINDS for e in range(3)]
     assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.parametrize("target", ["multi", "regression"])
+def test_labels_of_other_targets_are_shown(
+    target: str, tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [["one", "two"], ["two"]] if target == "multi" else [0.5, 2]
+    rows = [json.dumps({"text": f"film {number}", "label": labels[number % 2]}) for number in range(40)]
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    source = [f"data.source={tmp_path / 'x.jsonl'}", "data.labels=none", f"data.target={target}", settings[1]]
+    show("recipes/full_sst2.py", "0", "--augment", "train.metric=loss", *source)
+    first, before, *_ = capsys.readouterr().out.splitlines()
+    odd = int(before.split()[-1]) % 2
+    words = ("one, two", "two") if target == "multi" else ("0.5", "2")
+    assert first == f"training sample 0 of full_sst2: {words[odd]}"
 
 
 def test_a_blend_is_shown_with_both_sentences(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:

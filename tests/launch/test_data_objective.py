@@ -8,8 +8,10 @@ import pytest
 from launch.cli import main
 from launch.data_objective import STYLES
 from tests.tiny import tiny_llama, tiny_tokens
-from trainer.data.objectives.marks import KINDS
+from trainer.data.batches import IGNORED
+from trainer.data.objectives.marks import KINDS, marks_of
 from trainer.data.objectives.pictures import COLORS
+from trainer.data.objectives.rows import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +58,18 @@ def test_what_is_to_be_found_is_marked(
     assert words in said
     assert f"wrote {picture}" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_packed_documents_each_token_but_a_documents_first_is_to_be_found() -> None:
+    special = np.arange(9) == 1  # the end of a document
+    words = Vocabulary(9, 0, -1, -1, -1, np.zeros(0, np.int64), special, special, special)
+    batch = {
+        "input_ids": np.array([[5, 6, 1, 7, 8, 1, 0, 0]]),
+        "labels": np.array([[6, 1, IGNORED, 8, 1, IGNORED, IGNORED, IGNORED]]),
+        "attention_mask": np.arange(8)[None] < 6,
+    }
+    (marks,) = marks_of("clm", batch, 0, words, str).values()
+    assert [mark.kind for mark in marks] == ["plain", "target", "target", "plain", "target", "target"]
 
 
 @pytest.mark.parametrize(

@@ -76,3 +76,10 @@ def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: p
         main(["methods", str(tiny_bert(tmp_path / "bert")), "--chart", str(chart)])
     assert done.value.code == 2
     assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["inspect", str(tiny_bert(tmp_path / "bert")), "caf\udce9"])
+    assert done.value.code == 2
+    assert "TEXT holds half of a surrogate pair" in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """Words of a domain as tokens: proposed from a text, added, trained, saved, exported; and what is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from launch.cli import main
 from tests.distributed.resume_runs import start
@@ -121,6 +122,34 @@ def test_words_that_cost_most_are_proposed(root: Path, capsys: pytest.CaptureFix
     assert (root / "out.txt").read_text() == "tokenizers\n"
     assert "7 words, 5 of them different: 1.571 subwords per word, 71.4% kept whole" in said
     assert "with 1 tokens more: 1.000 subwords per word" in said
+
+
+def test_a_proposed_word_saves_what_is_said_with_a_byte_level_tokenizer(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The space before a token of one's own is one more there; a word that is a token without the space is none to propose."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    text, out, made = root / "bytes.txt", root / "bytes-words.txt", Tokenizer(models.BPE())
+    text.write_text("a zebra saw a zebra zap a yak\n" * 9, encoding="utf-8")
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["saw saw", "\nyak\nyak"] * 9, trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!").save_pretrained(root / "bytes")
+    (root / "bytes" / "config.json").write_text('{"model_type": "gpt2"}')
+    run_data("vocabulary", str(text), "--tokenizer", str(root / "bytes"), "--output", str(out))
+    said = capsys.readouterr().out
+    before = load_tokenizer(ModelConfig(source=str(root / "bytes")))
+    after = load_tokenizer(ModelConfig(source=str(root / "bytes"), added_tokens=out))
+    assert out.read_text().split() == ["zebra", "zap"] and "yak" in before.get_vocab()
+    found = re.search(r"different: ([0-9.]+) subwords .*more: ([0-9.]+) subwords", said, re.DOTALL)
+    assert found is not None
+    words = [" zebra", " saw", " zebra", " zap", " yak"]
+    for tokenizer, said_mean in zip((before, after), found.groups(), strict=True):
+        mean = sum(len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words) / len(words)
+        assert float(said_mean) == pytest.approx(mean, abs=6e-4)
 
 
 def test_words_of_a_domain_go_from_text_to_pretraining(root: Path) -> None:

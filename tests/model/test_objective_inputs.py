@@ -124,6 +124,10 @@ def test_a_pretrained_model_without_the_special_token_is_refused(root: Path, tmp
         ({"isolate": True}, "isolate .true. works with objective=clm only"),
         ({"noise_fraction": 1.0}, "noise_fraction"),
         ({"mean_span": 0.5}, "mean_span"),
+        (
+            {"objective": "infilling", "noise_fraction": 0.5},
+            r"noise_fraction \(0.5\) must be at most 0.4 for objective=infilling",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changed: dict[str, Any], words: str) -> None:

@@ -126,6 +126,10 @@ TASK_OF_OBJECTIVE: dict[str, str] = {
 """data.objective -> the model.task that can learn it."""
 
 
+MOST_INFILLED = 0.4
+"""Above it spans of random length would often meet the half of a row that infilling leaves."""
+
+
 class StreamData(Section):
     """Token datasets, as `samestep data tokenize` or `adopt` make them, packed into rows and mixed by weight."""
 
@@ -173,6 +177,11 @@ class StreamData(Section):
             raise ValueError(
                 f"isolate (true) works with objective=clm only, and objective is {self.objective}, whose models see a whole row; set "
                 "isolate=false"
+            )
+        if self.objective == "infilling" and (self.noise_fraction or 0) > MOST_INFILLED:
+            raise ValueError(
+                f"noise_fraction ({self.noise_fraction}) must be at most {MOST_INFILLED} for objective=infilling, which never takes more "
+                "than half of a row away; lower it, or take objective=span_corruption"
             )
         if self.weights is not None and len(self.weights) != len(self.sources):
             raise ValueError(f"weights {self.weights} must be as many as sources {self.sources}")

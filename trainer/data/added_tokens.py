@@ -1,5 +1,6 @@
 """Words of a domain as tokens of their own, which a tokenizer would cut into pieces: the file that lists them. Imports no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,4 +43,9 @@ def add_tokens(
     if there:
         shown = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
         raise ConfigError(f"{setting} ({file}): the tokenizer has {shown} already; leave {len(there):,} of them out")
-    tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=True) for token in tokens])
+    tokenizer.add_tokens(whole_words(tokens))
+
+
+def whole_words(tokens: Sequence[str]) -> list[AddedToken]:
+    """Tokens that stand for whole words only, as the tokenizer has them before it cuts."""
+    return [AddedToken(token, single_word=True, normalized=True) for token in tokens]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.config import ModelConfig, StreamData
 from trainer.data.objectives import OBJECTIVES, Vocabulary
-from trainer.data.objectives.vocabulary import complete, vocabulary_of
+from trainer.data.objectives.vocabulary import complete, frame, vocabulary_of
 from trainer.errors import ConfigError
 from trainer.model.architecture import load_tokenizer
 
@@ -27,6 +27,7 @@ def objective_vocabulary(
     added: list[str] = []
     if model.init == "random":
         added = complete(tokenizer, roles)
+        frame(tokenizer, OBJECTIVES[data.objective].frame)
     else:
         own = load_tokenizer(model)
         if own.get_vocab() != tokenizer.get_vocab():

@@ -36,7 +36,7 @@ class LanguageTask(ABC):
     """What tasks on rows of tokens share: all of `Task` (protocol.py) but where rows come from."""
 
     label_names = ()
-    count_names = ("bytes", "tokens", "positions")
+    count_names: tuple[str, ...] = ("bytes", "tokens", "positions")
     shown_metrics: tuple[str, ...] = ("loss", "perplexity", "bits_per_byte")
     counted, speed = "targets", "tokens_per_s"
     report_split: SplitName = "validation"

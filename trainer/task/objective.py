@@ -35,7 +35,7 @@ SHOWN = 3
 class ObjectiveTask(clm.ClmTask):
     """Implements `Task`; see protocol.py."""
 
-    count_names = ("correct", "tokens", "positions")
+    count_names = ("correct", "tokens", "filled", "positions")
     shown_metrics: tuple[str, ...] = ("loss", "perplexity", "accuracy")
 
     def __init__(self, config: RunConfig, streams: Streams) -> None:
@@ -127,14 +127,16 @@ class ObjectiveTask(clm.ClmTask):
 
     def counts(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, ...]:
         found = logits_of(outputs).argmax(dim=-1) == batch["labels"]
-        return found.sum(), batch["num_tokens"].sum(), torch.tensor(float(batch["input_ids"].numel()))
+        positions = torch.tensor(float(batch["input_ids"].numel() if len(batch["num_tokens"]) else 0))
+        filled = batch["attention_mask"].sum() if "attention_mask" in batch and positions else positions
+        return found.sum(), batch["num_tokens"].sum(), filled, positions
 
     def train_metrics(
         self, loss: float, num_targets: float, counts: Mapping[str, float], seconds: float
     ) -> dict[str, float]:
         return {
             "train/accuracy": counts["correct"] / max(num_targets, 1),
-            "train/padding": 1 - counts["tokens"] / max(counts["positions"], 1),
+            "train/padding": 1 - counts["filled"] / max(counts["positions"], 1),
             "tokens_per_s": counts["tokens"] / seconds,
         }
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.config.data import MOST_INFILLED
 from trainer.data.batches import IGNORED
 from trainer.data.objectives.denoising import (
     Infilling,
@@ -155,6 +156,12 @@ def test_infilling_keeps_the_other_tokens_in_order_and_wants_the_whole_text(
         assert wanted == [START, *text, END]
         assert batch["decoder_input_ids"][row, : len(wanted)].tolist() == [END, *wanted[:-1]]
         assert MASK not in [a for a, b in pairwise(given_ids) if a == b]  # spans do not touch
+
+
+def test_the_most_that_may_be_asked_for_is_taken_away() -> None:
+    source = rows(500, 510)
+    _, is_lost = lost_spans(source, 5, MOST_INFILLED, 3.0)
+    assert is_lost.sum() / source.ids.size == pytest.approx(MOST_INFILLED, abs=0.004)
 
 
 def test_over_a_million_tokens_spans_are_poisson() -> None:

@@ -61,8 +61,8 @@ def marks_of(
             ]
         }
     if objective == "clm":
-        kinds = np.where(vocabulary.is_special[ids], "special", "target").tolist()
-        kinds[0] = "special" if kinds[0] == "special" else "plain"  # nothing stands before it
+        is_found = np.append(False, batch["labels"][row][: len(ids) - 1] != IGNORED)
+        kinds = np.where(is_found, "target", np.where(vocabulary.is_special[ids], "special", "plain")).tolist()
         found = [Mark(decode(int(token)), kind) for token, kind in zip(ids, kinds, strict=True)]
         return {"given; each token is to be found from those before it": found}
     labels = batch["labels"][row]

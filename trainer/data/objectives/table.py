@@ -27,6 +27,8 @@ class Known:
     """What is to be found."""
     roles: tuple[str, ...]
     """Special tokens that it needs, beside padding."""
+    frame: tuple[str, ...]
+    """How special tokens stand around a text (`$A`) in its rows, by role."""
     row_length: Callable[[StreamData], int]
     """Tokens of a stream's row, of which it makes a row of data.sequence_length."""
     build: Callable[[StreamData, Vocabulary, int], Objective]
@@ -65,34 +67,44 @@ def build_permutation(data: StreamData, vocabulary: Vocabulary, seed: int) -> Ob
     return Permutation(vocabulary, data.sequence_length, seed, fraction_of(data), max_span=5)
 
 
+AROUND = ("start", "$A", "end")
+
 OBJECTIVES: dict[str, Known] = {
-    "mlm": Known("masked tokens", ("start", "end", "mask"), lambda data: data.sequence_length - 2, build_mlm),
+    "mlm": Known("masked tokens", ("start", "end", "mask"), AROUND, lambda data: data.sequence_length - 2, build_mlm),
     "mlm_nsp": Known(
         "masked tokens and whether a text follows another",
         ("start", "end", "mask"),
+        AROUND,
         lambda data: data.sequence_length - 3,
         build_pairs,
     ),
     "mlm_sop": Known(
         "masked tokens and the order of two texts",
         ("start", "end", "mask"),
+        AROUND,
         lambda data: data.sequence_length - 3,
         build_pairs,
     ),
     "span_corruption": Known(
         "spans of tokens, from sentinels",
         ("end", "sentinels"),
+        ("$A", "end"),
         lambda data: tokens_for_inputs(data.sequence_length, fraction_of(data), data.mean_span),
         build_span_corruption,
     ),
     "infilling": Known(
         "a text from one with gaps and permuted sentences",
         ("start", "end", "mask"),
+        AROUND,
         lambda data: data.sequence_length - 2,
         build_infilling,
     ),
     "plm": Known(
-        "spans of tokens in a random order", ("start", "end"), lambda data: data.sequence_length - 2, build_permutation
+        "spans of tokens in a random order",
+        ("start", "end"),
+        ("$A", "end", "start"),
+        lambda data: data.sequence_length - 2,
+        build_permutation,
     ),
 }
 """data.objective -> what it is. clm, the next token, needs nothing of this: rows and labels come from the stream."""

@@ -46,6 +46,21 @@ def complete(tokenizer: "PreTrainedTokenizerBase", roles: Sequence[str]) -> list
     return list(tokenizer.convert_ids_to_tokens(list(range(before, len(cast(Any, tokenizer))))))
 
 
+def frame(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[str]) -> None:
+    """Make the tokenizer put special tokens around a text as `parts` names their roles: `start`, `$A`, `end`. Changes it.
+
+    Else who gives the trained model a text would leave out what every row of its training had. A pair goes on with `$B` and `end`.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    names = {role: getattr(tokenizer, ATTRIBUTES[role][0]) for role in parts if role in ATTRIBUTES}
+    single = [names.get(part, part) for part in parts]
+    second = single.index("$A") + 2  # behind the end of the first text
+    pair = [*single[:second], "$B:1", f"{names['end']}:1", *single[second:]]
+    ids = [(name, int(cast(Any, tokenizer).convert_tokens_to_ids(name))) for name in names.values()]
+    cast(Any, tokenizer).backend_tokenizer.post_processor = TemplateProcessing(single, pair, ids)
+
+
 def vocabulary_of(
     tokenizer: "PreTrainedTokenizerBase",
     roles: Sequence[str],
