@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from launch.cli import main
@@ -203,6 +203,21 @@ def change_base(folder: Path) -> None:
     """Other weights in the same shapes."""
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_full_disk_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(root, tmp_path / "run", method="full", max_steps=1)
+    run_ranks(train, "single", 1, args=(config,))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("trainer.checkpoint.export.save_file", full)
+    with pytest.raises(
+        CheckpointError, match=r"--output \(.*out\) cannot be written \(.*No space left.*; give a folder with"
+    ):
+        export_checkpoint(list_checkpoints(config.folder / "checkpoints")[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

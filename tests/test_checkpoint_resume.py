@@ -95,6 +95,16 @@ def test_an_empty_folder_starts_fresh_and_a_stopped_run_continues(tmp_path: Path
     assert decide_start(made).kind == "continue"
 
 
+def test_a_start_that_failed_before_its_first_checkpoint_begins_where_it_was_told_to(tmp_path: Path) -> None:
+    newest = saved(config(tmp_path / "first"))
+    second = config(tmp_path / "second", resume=str(tmp_path / "first"))
+    second.folder.mkdir()
+    end(second, "failed")  # the loss was not finite
+    assert decide_start(second).checkpoints == (newest,)
+    plain = config(tmp_path / "second")
+    assert (decide_start(plain).kind, decide_start(plain).checkpoints) == ("fresh", ())
+
+
 def test_a_finished_run_is_finished_until_it_is_extended(tmp_path: Path) -> None:
     made = config(tmp_path / "run")
     saved(made)

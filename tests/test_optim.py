@@ -21,7 +21,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from trainer.backend.pieces import read_steps, with_moments, write_steps
+from trainer.backend.pieces import read_own_steps, read_steps, with_moments, write_steps
 from trainer.config import FullConfig, HeadConfig, LoraConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.model.methods import apply_method
 from trainer.optim import build_optimizer, count_steps, lr_at, parameter_groups, peak_lr
@@ -210,11 +210,15 @@ def test_steps_are_counted_where_a_loss_does_not_reach_all_parameters() -> None:
     optimizer = torch.optim.AdamW([reached, other])
     for parameter in (reached, other):
         with_moments(parameter, optimizer)
-    write_steps(optimizer, 3)
+    named = [("reached", reached), ("other", other)]
+    write_steps(optimizer, named, 3, {})
     for _ in range(2):
         reached.grad = torch.ones(2)
         optimizer.step()
     assert read_steps(optimizer) == 5
+    assert read_own_steps(optimizer, named) == {"other": 3}
+    write_steps(optimizer, named, 7, {"other": 3})
+    assert [int(optimizer.state[parameter]["step"]) for parameter in (reached, other)] == [7, 3]
 
 
 def build(architecture: PretrainedConfig, method: Any = FullConfig()) -> torch.nn.Module:  # noqa: B008 (frozen)

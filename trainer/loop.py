@@ -98,6 +98,7 @@ class Trainer:
         self.checkpoints.clean()
         if start.checkpoints:
             self.restore(start)
+            self.stop.forget()
         self.checkpoints.prepare()
 
     def restore(self, start: Start) -> None:
@@ -120,9 +121,8 @@ class Trainer:
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now: always after the last, not where a rollback returned to."""
-        if self.progress.step == self.returned_to:
-            return False
-        return self.progress.step % every == 0 or self.progress.step >= self.num_steps
+        step = self.progress.step
+        return step != self.returned_to and (step % every == 0 or step >= self.num_steps)
 
     def is_over(self) -> bool:
         """The last step taken, a stop asked for by any rank, or no better metric for `train.patience` evaluations."""

@@ -32,6 +32,10 @@ class Deadline:
         self.longest_gap = 0.0
         """Between two questions: the longest step so far, evaluations included."""
 
+    def forget(self) -> None:
+        """What follows now is no step: a restore is not to count as the longest."""
+        self.last = None
+
     def is_near(self, now: float) -> bool:
         """Whether what is left is too short. now: seconds since 1970; asked before every step."""
         if self.last is not None:
@@ -58,6 +62,10 @@ class StopRequest:
         """Whether this rank has been asked to stop."""
         is_late = time.monotonic() > self._deadline or self._job.is_near(time.time())
         return self._signalled or is_late or (self._file is not None and os.path.exists(self._file))
+
+    def forget(self) -> None:
+        """Call after a restore, which is not to count as a step."""
+        self._job.forget()
 
     def close(self) -> None:
         """Give the signals back, and consume the STOP file so that the next run is not stopped by it."""

@@ -30,6 +30,7 @@ class Case:
     """train.ddp_find_unused_parameters."""
     from_step: int = 0
     """Before it every pass goes through both experts."""
+    decay: float = 0.0
 
 
 class Experts(torch.nn.Module):
@@ -53,7 +54,7 @@ def train(case: Case) -> list[tuple[float, dict[str, Any]]]:
     settings = TrainConfig(max_steps=STEPS, global_batch_size=8, ddp_find_unused_parameters=case.find)
     accelerator = build_accelerator(RunConfig(name="t", train=settings))
     model = Experts()
-    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0))
+    engine = build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=case.decay))
     found = []
     for step in range(STEPS):
         passes = case.passes_of_rank[engine.rank] if step >= case.from_step else BOTH
@@ -79,6 +80,14 @@ def assert_steps_of_one_process(ranks: list[list[tuple[float, dict[str, Any]]]],
 @pytest.mark.parametrize("backend", SHARDED)
 def test_a_weight_that_no_pass_reaches_is_left_as_on_one_process(backend: str) -> None:
     assert_steps_of_one_process(run_ranks(train, backend, args=(Case((BOTH, BOTH)),)), BOTH * 2)
+
+
+@pytest.mark.parametrize("backend", SHARDED)
+def test_zero_decays_a_weight_that_no_pass_reaches_and_fsdp_does_not(backend: str) -> None:
+    """DeepSpeed steps whole partitions; torch's AdamW passes a weight without a gradient over."""
+    for found in run_ranks(train, backend, args=(Case((BOTH, BOTH), decay=0.5),)):
+        left = 1.0 if backend == "fsdp" else (1 - LR * 0.5) ** STEPS
+        assert found[-1][1]["unread"] == pytest.approx(left, rel=1e-6)
 
 
 @pytest.mark.parametrize("passes_of_rank", [AMONG_RANKS, (SPLIT, ((0, 1), (0,)))], ids=["ranks", "passes"])
@@ -113,3 +122,44 @@ def assert_refused(backend: str, case: Case) -> None:
         AssertionError, match=r"BackendError: . trained weights, such as experts.*_unused_parameters=true"
     ):
         run_ranks(train, backend, args=(case,))
+
+
+def resume(backend_find: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Weights after four steps in one go, and with a restored state after two; what was saved of single weights' steps."""
+    settings = TrainConfig(max_steps=4, global_batch_size=8, ddp_find_unused_parameters=backend_find)
+    accelerator = build_accelerator(RunConfig(name="t", train=settings))
+
+    def fresh() -> Any:
+        model = Experts()
+        return build_engine(accelerator, model, torch.optim.AdamW(model.parameters(), lr=LR))
+
+    def steps(engine: Any, numbers: range) -> None:
+        for step in numbers:
+            experts = torch.tensor([0, 1] if step % 2 else [0])
+            inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            with engine.micro_batch(last=True):
+                engine.backward(engine.forward({"inputs": inputs, "experts": experts}))
+            engine.step(engine.grad_norm(), None)
+
+    def weights(engine: Any) -> dict[str, Any]:
+        return {name: weight.clone().numpy() for name, weight in engine.weights(trainable_only=True)}
+
+    whole, again = fresh(), fresh()
+    steps(whole, range(2))
+    saved = {piece.key: piece.values.clone() for piece in whole.local_state()}
+    taken, own = whole.optimizer_steps, whole.own_steps
+    for piece in again.local_state():
+        piece.values.copy_(saved[piece.key])
+    again.state_was_written(taken, own)
+    for engine in (whole, again):
+        steps(engine, range(2, 4))
+    return weights(whole), weights(again), own
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("single", 1), ("ddp", 2)])
+def test_a_weight_that_some_steps_did_not_reach_resumes_exactly(backend: str, ranks: int) -> None:
+    """AdamW counts its steps apart, and its bias correction depends on them."""
+    for whole, again, own in run_ranks(resume, backend, ranks, args=(backend == "ddp",)):
+        assert own == {"unread": 0, "experts.1.weight": 1, "experts.1.bias": 1}
+        for name, weight in whole.items():
+            assert (weight == again[name]).all(), name

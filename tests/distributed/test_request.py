@@ -1,5 +1,7 @@
 """The launcher's environment names the backend, and what cannot run is refused by name."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.rank_pool import BACKEND_ENV, run_ranks
@@ -9,6 +11,7 @@ from trainer.backend.request import read_request
 from trainer.config import ModelConfig, RunConfig, TrainConfig
 from trainer.errors import BackendError, ConfigError
 
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 RANKED = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
 
 
@@ -84,10 +87,29 @@ def test_fsdp_without_ranks_is_refused_and_not_run_as_something_else() -> None:
     assert "asked for fsdp with 1 process(es), but this process has no rank" in messages[0]
 
 
+@pytest.mark.parametrize("options", [("--cpu", "--num_processes=2"), ("--cpu", "--config_file=fsdp.yaml")])
+def test_several_processes_of_which_accelerate_starts_one_are_refused(options: tuple[str, ...]) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    words = [option.replace("fsdp.yaml", str(CONFIGS / "fsdp.yaml")) for option in options]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "recipe.py"]))
+    _, environ = prepare_simple_launcher_cmd_env(parsed)
+    launched = {name: value for name, value in environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+    with pytest.raises(BackendError, match="asked for several processes, but this one has no rank"):
+        read_request(launched)
+    parsed.num_processes = 1
+    _, alone = prepare_simple_launcher_cmd_env(parsed)
+    assert (
+        read_request({name: alone[name] for name in alone.keys() & launched.keys() if name[:7] != "MASTER_"}).world_size
+        == 1
+    )
+
+
 @pytest.mark.parametrize(("processes", "devices"), [("4", 2), ("1", 0)])
 def test_more_processes_than_devices_are_refused_where_all_see_the_same_ones(processes: str, devices: int) -> None:
     environ = {"LOCAL_WORLD_SIZE": processes}
-    words = rf"LOCAL_WORLD_SIZE \({processes}\).* must be at most {devices},.* start with --num_processes {devices}, or set use_cpu"
+    words = rf"LOCAL_WORLD_SIZE \({processes}\).* at most {devices},.* --num_processes {devices}, or hide .*CUDA_VISIBLE_DEVICES="
     with pytest.raises(BackendError, match=words):
         check_devices(environ | {"TORCHELASTIC_RUN_ID": "none"}, devices)
     check_devices(environ | {"TORCHELASTIC_RUN_ID": "none"}, int(processes))

@@ -232,6 +232,10 @@ def test_a_run_stops_while_there_is_time_for_a_step_and_a_save() -> None:
     assert not deadline.is_near(914.0)
     for now in range(919, 1000):
         assert deadline.is_near(float(now)) == (now + needed > 1000)
+    restored = Deadline({"SAMESTEP_END_TIME": "1000"}, save_s=lambda: 20.0)
+    assert not restored.is_near(700.0)
+    restored.forget()  # a restore of 200 s, which is no step
+    assert not restored.is_near(900.0)
     assert not Deadline({}, save_s=lambda: 1.0).is_near(math.inf)
     assert not Deadline({"SAMESTEP_END_TIME": "soon"}, save_s=lambda: 1.0).is_near(1e12)
 

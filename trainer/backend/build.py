@@ -135,7 +135,7 @@ def check_devices(environ: Mapping[str, str], num_devices: int) -> None:
     if "TORCHELASTIC_RUN_ID" in environ and processes > num_devices:
         raise BackendError(
             f"LOCAL_WORLD_SIZE ({processes}), the processes on this machine, must be at most {num_devices}, as many as it has devices: "
-            f"each needs its own; start with --num_processes {num_devices}, or set use_cpu: true in the accelerate configuration"
+            f"each needs its own; start with --num_processes {num_devices}, or hide the GPUs to train on the CPU: CUDA_VISIBLE_DEVICES="
         )
 
 

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.backend.heartbeat import Heartbeat
-from trainer.backend.pieces import Piece, read_steps, whole_pieces, write_steps
+from trainer.backend.pieces import Piece, read_own_steps, read_steps, whole_pieces, write_steps
 from trainer.backend.reach import Reach
 from trainer.backend.request import Request
 from trainer.backend.wrap import autocast, is_dtensor, strip_wrapper
@@ -235,9 +235,14 @@ class Engine:
         """Steps that the optimizer has taken; skipped ones do not count."""
         return read_steps(self._torch_optimizer)
 
-    def state_was_written(self, optimizer_steps: int) -> None:
-        """Call after writing to `local_state`: sets the optimizer's step count and the copies of the weights. Collective under zero."""
-        write_steps(self._torch_optimizer, optimizer_steps)
+    @property
+    def own_steps(self) -> dict[str, int]:
+        """The same of weights that have taken fewer: some passes did not reach them, which single and ddp may permit."""
+        return read_own_steps(self._torch_optimizer, self._trainable())
+
+    def state_was_written(self, optimizer_steps: int, own_steps: Mapping[str, int]) -> None:
+        """Call after writing to `local_state`: sets the optimizer's step counts and the copies of the weights. Collective under zero."""
+        write_steps(self._torch_optimizer, self._trainable(), optimizer_steps, own_steps)
 
     def restore_loss_scale(self, scale: float | None, good_steps: int) -> None:
         """Take up fp16's dynamic scale; in another precision, or from one (None), it starts as it does in a new run."""

@@ -5,7 +5,7 @@ a tensor into contiguous ranges of its row-major order (FSDP2 by rows, ZeRO-3 by
 ends), so a range is all that another backend or another number of ranks needs to know. Nothing here is collective.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +110,23 @@ def local_rows(tensor: Any) -> tuple[int, Tensor]:
 
 
 def read_steps(optimizer: torch.optim.Optimizer) -> int:
-    """How many steps AdamW has taken; 0 before the first. A parameter that no loss reaches takes none, so the most count."""
+    """How many steps AdamW has taken; 0 before the first. A parameter that a loss does not reach takes none, so the most count."""
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
-def write_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Set AdamW's step count, on which its bias correction depends."""
-    for state in optimizer.state.values():
+def read_own_steps(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, int]:
+    """Of the parameters that have taken fewer steps, by name. Empty under ZeRO, whose partitions take every step."""
+    most = read_steps(optimizer)
+    states = {name: optimizer.state[parameter] for name, parameter in named if parameter in optimizer.state}
+    own = {name: int(state["step"]) for name, state in states.items() if "step" in state}
+    return {name: steps for name, steps in own.items() if steps != most}
+
+
+def write_steps(optimizer: torch.optim.Optimizer, named: Named, most: int, own: Mapping[str, int]) -> None:
+    """Set AdamW's step counts, on which its bias correction depends: `most`, but of some parameters their own."""
+    names = {parameter: name for name, parameter in named}
+    for parameter, state in optimizer.state.items():
+        steps = own.get(names.get(parameter, ""), most)
         if isinstance(state["step"], Tensor):
             state["step"].fill_(float(steps))
         else:

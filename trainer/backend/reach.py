@@ -3,7 +3,8 @@
 Measured with experts that some passes did not go through (tests/distributed/test_reach.py; torch 2.13, DeepSpeed 0.19): FSDP2 reduces the
 gradients of a group by their order, and adds those of different weights; ZeRO-1/2 leave out what one rank did not reach, ZeRO-3 what the
 last pass of a step did not; DDP waits for every gradient, and says so only after a step with some not reduced. A weight that no pass of
-any rank reaches, such as XLNet's mask_emb in classification, is fine everywhere but on DDP.
+any rank reaches, such as XLNet's mask_emb in classification, is left alone everywhere but on DDP, which needs to look for it, and under
+ZeRO, whose optimizer steps a whole partition and so applies the weight decay to it too.
 """
 
 from collections.abc import Callable, Sequence

@@ -41,6 +41,13 @@ def read_request(environ: Mapping[str, str]) -> Request:
             f"asked for {backend} with {world_size} process(es), but this process has no rank (LOCAL_RANK is not set), so it would "
             "train alone; start with `samestep run`, or `accelerate launch --config_file accelerate_configs/NAME.yaml` without --cpu"
         )
+    if "LOCAL_RANK" not in environ and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= environ.keys():
+        # what simple_launcher of accelerate 1.15 leaves for each of several processes, of which it starts one
+        raise BackendError(
+            "asked for several processes, but this one has no rank (LOCAL_RANK is not set) and would train alone: accelerate launches one "
+            "under --cpu, MULTI_CPU or `use_cpu: true` without MPI; start with `samestep run --processes N`, or with "
+            "`--config_file accelerate_configs/ddp.yaml`; for one process unset MASTER_PORT"
+        )
     return Request(
         backend=backend,
         precision=precision,

@@ -4,6 +4,7 @@ DeepSpeed keeps fp32 weights and moments in flat partitions of its own; the mode
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -81,9 +82,9 @@ class ZeroEngine(Engine):
             return list(partition_pieces(self._trainable(), zero, self.rank))
         return list(fragment_pieces(self._trainable(), zero))
 
-    def state_was_written(self, optimizer_steps: int) -> None:
+    def state_was_written(self, optimizer_steps: int, own_steps: Mapping[str, int]) -> None:
         """As in Engine. The fp32 partitions were written; the weights that forward reads follow, as at the end of a step."""
-        super().state_was_written(optimizer_steps)
+        super().state_was_written(optimizer_steps, own_steps)
         zero = self.model.optimizer
         if self.backend != "zero3":
             zero.update_lp_params()

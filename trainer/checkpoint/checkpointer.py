@@ -59,11 +59,10 @@ class Checkpointer:
         self.config, self.engine, self.identity, self.say = config, engine, dict(identity), say
         self.root = config.folder / store.CHECKPOINTS
         self.side = SideGroup(engine.rank, engine.world_size)
-        nonce = self.side.broadcast(secrets.token_hex(4))
         self.saver = Saver(
             self.root,
             self.side,
-            nonce=nonce,
+            nonce=self.side.broadcast(secrets.token_hex(4)),
             keep_last=config.train.keep_last,
             say=lambda line: self.say(line),
             heartbeat=engine.heartbeat,
@@ -123,6 +122,7 @@ class Checkpointer:
         return TrainingState(
             counters=progress.counters(),
             optimizer_steps=engine.optimizer_steps,
+            own_steps=engine.own_steps,
             loss_scale=engine.loss_scale,
             good_steps=engine.good_steps,
             identity=self.identity,
@@ -239,7 +239,7 @@ class Checkpointer:
         self.raise_together(problem, CheckpointError)
         self.load_tensors(folder, manifest)
         engine = self.engine
-        engine.state_was_written(state.optimizer_steps)
+        engine.state_was_written(state.optimizer_steps, state.own_steps)
         engine.restore_loss_scale(state.loss_scale if manifest.precision == "fp16" else None, state.good_steps)
         if manifest.precision != engine.precision:
             self.say(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
@@ -185,7 +185,13 @@ def write_whole(
     places: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(dict(read_weights(reader, group)), target / file, metadata={"format": "pt"})
+        tensors = dict(read_weights(reader, group))
+        try:
+            save_file(tensors, target / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, which is no OSError there
+            raise CheckpointError(
+                f"--output ({target}) cannot be written ({error}); give a folder with more room"
+            ) from None
         places |= dict.fromkeys(group, file)
     if len(groups) > 1:
         total = sum(part.size for name in shapes for part in reader.ranges.get(key_of(reader, name), ()))

@@ -46,10 +46,9 @@ def decide_start(config: RunConfig, environ: Mapping[str, str] = os.environ) -> 
         return Start("fresh")
     own = tuple(list_checkpoints(config.folder / CHECKPOINTS))
     outcome = read_outcome(config.folder)
-    if not own and outcome is None and config.train.resume not in WORDS:
-        return start_from_path(config, Path(config.train.resume))
-    if not own and outcome is None:
-        return Start("fresh")
+    if not own and outcome != "finished":  # nothing has begun, or a start that failed before its first checkpoint
+        is_path = config.train.resume not in WORDS
+        return start_from_path(config, Path(config.train.resume)) if is_path else Start("fresh")
     words = check_settings(config, own)
     if outcome == "finished" and not is_extended(config, own):
         return Start("finished", words=finished_words(config))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from trainer.checkpoint.manifest import STATE, Manifest, Strict, checksum, read_json
 from trainer.errors import CheckpointError
@@ -18,6 +18,8 @@ class TrainingState(Strict):
     """Step, best metric and more."""
     optimizer_steps: int
     """Steps that AdamW has taken; its bias correction depends on them."""
+    own_steps: dict[str, int] = Field(default_factory=dict)
+    """Of parameters that have taken fewer, by name: no pass reached them in some steps."""
     loss_scale: float
     """fp16's dynamic scale; 1.0 otherwise."""
     good_steps: int
