@@ -24,8 +24,8 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import Start
 from trainer.config import ModelConfig, OptimConfig, QloraConfig, RunConfig, TrainConfig
 from trainer.data.batches import IGNORED, micro_batches
-from trainer.model.export import saved_buffers
 from trainer.model.load import load_architecture, load_weights, quantization_of
+from trainer.model.stored import saved_buffers
 from trainer.progress import Progress
 
 BATCH, SAVED, LAST, VOCABULARY = 12, 3, 6, 50

@@ -116,9 +116,9 @@ def read_steps(optimizer: torch.optim.Optimizer) -> int:
 
 def read_own_steps(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, int]:
     """Of the parameters that have taken fewer steps, by name. Empty under ZeRO, whose partitions take every step."""
-    most = read_steps(optimizer)
     states = {name: optimizer.state[parameter] for name, parameter in named if parameter in optimizer.state}
     own = {name: int(state["step"]) for name, state in states.items() if "step" in state}
+    most = max(own.values(), default=0)
     return {name: steps for name, steps in own.items() if steps != most}
 
 

@@ -33,12 +33,12 @@ from trainer.model.export import (
     export_model,
     exported_tensors,
     load_exported,
-    saved_buffers,
     write_info,
 )
 from trainer.model.identity import base_identity
 from trainer.model.load import load_weights
 from trainer.model.methods import METHODS
+from trainer.model.stored import stored_tensors
 from trainer.run_folder import INFO_FILE
 
 SHARD_BYTES = 2 * 2**30
@@ -160,11 +160,6 @@ def read_weights(reader: ShardReader, shapes: Mapping[str, list[int]]) -> Iterat
 def key_of(reader: ShardReader, name: str) -> str:
     """The key of a parameter or buffer in a checkpoint."""
     return next((prefix + name for prefix in STORED if prefix + name in reader.ranges), STORED[0] + name)
-
-
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the model's files hold: its parameters and buffers."""
-    return dict(model.named_parameters()) | saved_buffers(model)
 
 
 def write_whole(

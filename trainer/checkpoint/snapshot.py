@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.backend import WEIGHT, Piece
 from trainer.checkpoint.shards import Layout, ShardImage, entry_key
-from trainer.model.export import saved_buffers
+from trainer.model.stored import saved_buffers
 
 BUFFER = "buffer"
 """The kind of a tensor that belongs to the model and is not trained, such as BART's bias of the logits; whole on every rank."""

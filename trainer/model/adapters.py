@@ -25,11 +25,11 @@ from trainer.model.export import (
     opening,
     put_adapter,
     read_sizes,
-    saved_buffers,
     verify_tensors,
     write_info,
 )
 from trainer.model.methods import METHODS
+from trainer.model.stored import stored_tensors
 from trainer.run_folder import ADAPTER_FILE, INFO_FILE, MODEL_FOLDER, read_info
 
 Into = Literal["base", "dequantized"]
@@ -127,20 +127,15 @@ def merge(folder: Path, info: Mapping[str, Any], into: Into, target: Path, *, tr
             facts.pop(name, None)
         facts |= {"method": "full", "merged": {"method": info["method"], "into": into}}
         write_info(target, facts)
-        saved = saved_tensors(model)
+        saved = stored_tensors(model)
         verify_tensors(target, {name: tensor.numel() for name, tensor in saved.items()})
-        loaded = saved_tensors(load_exported(target, trust_remote_code=trust_remote_code)[0])
+        loaded = stored_tensors(load_exported(target, trust_remote_code=trust_remote_code)[0])
         for name, tensor in saved.items():
             if not torch.equal(loaded[name], tensor):
                 raise CheckpointError(f"{target}: {name} did not come back equal; merge again")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
-
-
-def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that a model's files hold."""
-    return dict(model.named_parameters()) | saved_buffers(model)
 
 
 @torch.no_grad()

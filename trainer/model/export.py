@@ -36,6 +36,7 @@ from trainer.model.architecture import (
 from trainer.model.bottleneck import SETTINGS_FILE, bottleneck_settings, load_bottlenecks, save_bottlenecks
 from trainer.model.identity import check_index, files_identity, identity_below
 from trainer.model.load import load_weights, quantization_of
+from trainer.model.stored import saved_buffers
 from trainer.run_folder import ADAPTER_FILE, INFO_FILE, read_info
 
 GENERATION_FILE = "generation_config.json"  # transformers' name for it
@@ -140,19 +141,6 @@ def adapter_files(model: nn.Module) -> dict[str, str]:
         return {ADAPTER_FILE: json.dumps(plain, indent=1)}
     bottlenecks = bottleneck_settings(model)
     return {} if bottlenecks is None else {SETTINGS_FILE: json.dumps(bottlenecks, indent=1)}
-
-
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's files; none of the usual encoders has one.
-
-    Not from `state_dict()`: under FSDP2 that frees unsharded weights, which `state` may still point to.
-    """
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }
 
 
 def verify_tensors(folder: Path, sizes: Mapping[str, int]) -> None:
