@@ -48,6 +48,8 @@ BACKEND_ENV: dict[str, dict[str, str]] = {
 }
 BACKENDS = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 OFFLOADED = ("fsdp_offload", "zero2_offload", "zero3_offload")
+LINGER_S = 10
+"""Seconds for which a rank that is done stays: the others may still be reading what its last collective, or new group, sent."""
 
 
 def run_ranks(
@@ -64,19 +66,21 @@ def run_ranks(
     assert (backend == "single") == (world_size == 1) or backend != "single", "single is one process"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    results = context.Queue()
+    results, collected = context.Queue(), context.Event()
     env = BACKEND_ENV[backend] | {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": "1"} | (environ or {})
     port = free_port()
     ranks = []
     with tempfile.TemporaryDirectory(prefix="samestep-ranks-") as logs:
         for rank in range(world_size):
             place = {} if backend == "single" else rank_env(rank, world_size, port)
-            process = context.Process(target=_rank, args=(body, args, rank, env | place, results, log_of(logs, rank)))
+            log = log_of(logs, rank)
+            process = context.Process(target=_rank, args=(body, args, rank, env | place, results, collected, log))
             process.start()
             ranks.append(process)
         try:
             outcomes = _collect(results, ranks, timeout_s, logs)
         finally:
+            collected.set()
             for process in ranks:
                 process.join(5)
                 if process.is_alive():
@@ -119,7 +123,13 @@ def last_words(logs: str, rank: int) -> str:
 
 
 def _rank(
-    body: Callable[..., Any], args: tuple[Any, ...], rank: int, env: dict[str, str], results: Any, log: Path
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    env: dict[str, str],
+    results: Any,
+    collected: Any,
+    log: Path,
 ) -> None:
     os.environ.update(env)
     import torch
@@ -130,6 +140,7 @@ def _rank(
         os.dup2(sink.fileno(), 2)
         try:
             results.put((rank, body(*args), None))
+            collected.wait(LINGER_S)
         except BaseException:  # every failure reaches the test, with its rank
             results.put((rank, None, traceback.format_exc()))
     results.close()
