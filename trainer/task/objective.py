@@ -211,17 +211,18 @@ def permutation_inputs(batch: Batch) -> Batch:
     A row with fewer targets than P maps the rest nowhere: XLNet adds the queries of all targets that are mapped to one place.
     token_type_ids are zeros, so that all of XLNet's parameters take part, as DDP asks.
     """
-    ids = batch["input_ids"]
-    order = batch["order"].to(torch.int16 if ids.shape[1] < 2**15 else torch.int32)  # a quarter of the time of int64
-    of_others = torch.where(order >= 0, order, -2)  # below every place: what is not predicted is seen by all
-    hidden = order[:, :, None] <= of_others[:, None, :]
-    targets = batch["targets"][:, :, None]
-    mapping = torch.zeros(*batch["targets"].shape, ids.shape[1], device=ids.device)
-    mapping.scatter_(2, targets.clamp(min=0), (targets >= 0).float())
+    ids, targets = batch["input_ids"], batch["targets"]
+    rows, length = ids.shape
+    order = batch["order"].to(torch.int16 if length < 2**15 else torch.int32)  # a quarter of the time of int64
+    hides = order[:, None, :] <= order.gather(1, targets.clamp(min=0))[:, :, None]  # (B, P, T): a target from whom
+    places = torch.where(targets < 0, length, targets)  # a target that is not there: one place more, cut off again
+    hidden = torch.zeros(rows, length + 1, length, dtype=torch.bool, device=ids.device)
+    hidden[torch.arange(rows, device=ids.device)[:, None], places] = hides  # only predicted tokens are hidden from any
+    mapping = torch.zeros(*targets.shape, length + 1, device=ids.device).scatter_(2, places[:, :, None], 1.0)
     inputs = {
         "input_ids": ids,
-        "perm_mask": hidden,
-        "target_mapping": mapping,
+        "perm_mask": hidden[:, :length].transpose(1, 2),
+        "target_mapping": mapping[..., :length],
         "token_type_ids": torch.zeros_like(ids),
     }
     return inputs | ({"attention_mask": batch["attention_mask"].float()} if "attention_mask" in batch else {})
