@@ -4,9 +4,11 @@
 `accelerate launch` would set, and returns its results by rank.
 """
 
+import itertools
 import multiprocessing
 import os
 import queue
+import random
 import socket
 import tempfile
 import time
@@ -68,7 +70,7 @@ def run_ranks(
     context.set_forkserver_preload(PRELOAD)
     results, collected = context.Queue(), context.Event()
     env = BACKEND_ENV[backend] | {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": "1"} | (environ or {})
-    port = free_port()
+    (port,) = free_ports(1)
     ranks = []
     with tempfile.TemporaryDirectory(prefix="samestep-ranks-") as logs:
         for rank in range(world_size):
@@ -104,11 +106,21 @@ def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on now: below those that the system gives to others, who could take one before it is used."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    drawn = random.SystemRandom().sample(range(lowest // 2, lowest), lowest // 4)
+    return list(itertools.islice(filter(is_free, drawn), count))
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a TCP port."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def log_of(logs: str, rank: int) -> Path:

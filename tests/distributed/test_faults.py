@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from tests.distributed import loop_runs
 from tests.distributed.resume_runs import make_config, metrics_of, start, train
-from tests.rank_pool import free_port, rank_env, run_ranks
+from tests.rank_pool import free_ports, rank_env, run_ranks
 from tests.tiny import tiny_bert, tiny_sentences
 from trainer import output as run_output
 from trainer.backend import Heartbeat
@@ -203,7 +203,7 @@ def launch(config: RunConfig, tmp_path: Path, rank: int, port: int, fault: str) 
 )
 def test_a_hung_rank_ends_the_job_and_is_named(point: str, phase: str, stack: str, root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", hang_timeout_s=4)
-    port = free_port()
+    (port,) = free_ports(1)
     ranks = [launch(config, tmp_path, rank, port, f"{point}@1:3:hang") for rank in (0, 1)]
     began = time.monotonic()
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
@@ -239,7 +239,7 @@ def test_reports_of_an_earlier_start_accuse_nobody(root: Path, tmp_path: Path) -
 
 def test_a_killed_rank_ends_the_others_and_is_named(root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", hang_timeout_s=4)
-    port = free_port()
+    (port,) = free_ports(1)
     ranks = [launch(config, tmp_path, rank, port, "step@1:3") for rank in (0, 1)]
     began = time.monotonic()
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
@@ -252,7 +252,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(root: Path, tmp_path: Path) 
 
 def test_a_reader_thread_that_dies_on_one_rank_ends_the_job_and_the_rank_is_named(root: Path, tmp_path: Path) -> None:
     config = make_config(root, tmp_path / "run", hang_timeout_s=4)
-    port = free_port()
+    (port,) = free_ports(1)
     ranks = [launch(config, tmp_path, rank, port, "read@1:3:enospc") for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert "no space left on device" in outputs[1]

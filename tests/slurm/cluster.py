@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.rank_pool import free_ports
+
 NODES = ("n1", "n2", "g1", "g2")
 FAILED = {"FAILED", "NODE_FAIL", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 CONFIGURATION = """
@@ -152,14 +154,3 @@ def cluster_is_not_idle(cluster: Cluster) -> bool:
     """Whether a node is not yet ready."""
     done = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=cluster.environ, capture_output=True, text=True)
     return done.stdout.split() != ["idle"] * len(NODES)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

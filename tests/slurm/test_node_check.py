@@ -14,7 +14,7 @@ import pytest
 
 from launch.node_check import EXIT_CODE, Board, Node, Room, check_nodes, opened_port, problems_of, why_unreachable
 from launch.starts import STARTS, note_start
-from tests.slurm.cluster import free_ports
+from tests.rank_pool import free_ports
 from trainer.run_folder import JOBS
 
 NODE = Node(number=0, name="n1", versions={"torch": "2.13"}, num_gpus=8, free_bytes=10**9)
