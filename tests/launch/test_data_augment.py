@@ -99,7 +99,8 @@ def test_mixup_of_pairs_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["probability=0.3", "fraction=0.2", "synonyms=x.tsv", "translator=x", "mixup_alpha=2"]
+    "setting",
+    ["probability=0.3", "fraction=0.2", "synonyms=x.tsv", "translator=x", "translator_prefix=x", "mixup_alpha=2"],
 )
 def test_settings_without_effect_are_refused(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     show(RECIPE, "0", "--augment", f"data.augment.{setting}", code=2)

@@ -1,5 +1,6 @@
 """Texts that models write: kept in a file, the same for the same seed, refused with a reason."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from trainer.config import Augmentation
 from trainer.data.samples import Samples
 from trainer.errors import ConfigError
 from trainer.model.rewrite import build_augmenter, model_digest, write_texts
+from trainer.run_folder import INFO_FILE
 
 TEXTS = [f"the film is a {word} story" for word in ("good", "bad", "dull", "fine")]
 
@@ -71,6 +73,51 @@ def test_writing_leaves_torchs_generator_alone_and_no_text_empty(folder: Path) -
     written = written_by(folder / "t5-0", ["film"] * 40, 0)
     assert all(written) and len(set(written)) > 30
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Reader:
+    """In place of a model: keeps what it reads, and writes nothing."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.read: list[list[int]] = []
+
+    def to(self, _: object) -> "Reader":
+        return self
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: object) -> torch.Tensor:
+        self.read += [row[mask].tolist() for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+        return torch.zeros(len(input_ids), 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "read"),
+    [("good ", None, "good "), ("good ", "bad ", "bad "), ("good ", "", ""), (None, None, ""), (None, "bad ", "bad ")],
+)
+def test_a_model_reads_before_a_text_what_is_asked_or_what_it_was_trained_with(
+    trained: str | None, asked: str | None, read: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reader = tiny_writer(tmp_path / "t5"), Reader()
+    (model / INFO_FILE).write_text(json.dumps({"task": "seq2seq", "prefix": trained}))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    monkeypatch.setattr("trainer.model.rewrite._open", lambda setting, source: (reader, tokenizer))
+    augment = Augmentation(kinds=("paraphrase",), paraphraser=str(model), paraphraser_prefix=asked)
+    made = build_augmenter(augment, samples(), seed=0)
+    assert reader.read == [tokenizer(read + text)["input_ids"] for text in TEXTS]
+    assert made.rewrites["paraphrase"] == [(text,) for text in TEXTS]  # without the prefix, as nothing was written
+    build_augmenter(augment.model_copy(update={"paraphraser_prefix": "fine "}), samples(), seed=0)
+    assert len(reader.read) == 2 * len(TEXTS)
+
+
+def test_a_text_ends_as_in_training_where_the_tokenizer_leaves_the_end_out(tmp_path: Path) -> None:
+    model, reader = tiny_writer(tmp_path / "t5"), Reader()
+    with_end = AutoTokenizer.from_pretrained(model)(TEXTS)["input_ids"]
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    write_texts(reader, tokenizer, TEXTS, seed=0)  # type: ignore[arg-type]
+    assert reader.read == with_end == [[*tokenizer(text)["input_ids"], 1] for text in TEXTS]
 
 
 def test_a_model_is_known_by_the_content_of_its_files(folder: Path, tmp_path: Path) -> None:

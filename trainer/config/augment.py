@@ -33,10 +33,16 @@ class Augmentation(Section):
     """File of lines `word TAB synonym TAB synonym ...`. None: WordNet 3.0, English."""
     paraphraser: str | None = None
     """Model that writes a text from a text (T5, BART): a local folder or a hub id."""
+    paraphraser_prefix: str | None = None
+    """Put before every text that it reads, such as `paraphrase: `. None: what samestep trained it with (`data.prefix`), or nothing."""
     translator: str | None = None
     """The same, from the texts' language into another."""
+    translator_prefix: str | None = None
+    """Before every text that it reads, such as `translate English to German: `, or `>>es<< ` of a model of several languages."""
     back_translator: str | None = None
     """The same, from that language back."""
+    back_translator_prefix: str | None = None
+    """Before every text that it reads."""
     mixup_alpha: Annotated[float, Field(gt=0.0, le=8.0)] = 1.0
     """A sentence's share is drawn from Beta(alpha, alpha): below 1 most blends are nearly one of the two, above 1 most are halves."""
 

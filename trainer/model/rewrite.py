@@ -1,7 +1,7 @@
 """Training sentences rewritten by models that the user names: once before training, then kept in a file.
 
 Above trainer/data/augment.py, which it completes. Any number of processes may ask at once: the first writes the file while the others
-wait. Invariant: a file's name is a digest of the model's own files, the seed and all texts.
+wait. Invariant: a file's name is a digest of the model's own files, the prefix, the seed and all texts.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -18,10 +19,12 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from trainer.config.augment import MODEL_KINDS, Augmentation, AugmentKind
 from trainer.data.assets import cache_folder
 from trainer.data.augment import Augmenter
+from trainer.data.pairs import encode_texts
 from trainer.data.samples import Samples
 from trainer.data.synonyms import load_synonyms
 from trainer.errors import ConfigError, DataError
 from trainer.model.architecture import LOADING_ERRORS, first_line
+from trainer.run_folder import INFO_FILE, read_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,8 +77,17 @@ def rewritten(
     """Each text through the models of `kind`, one after the other."""
     check_writers(augment)
     for setting in MODEL_KINDS[kind]:
-        texts = _kept(setting, getattr(augment, setting), texts, seed=seed, device=device)
+        source = getattr(augment, setting)
+        prefix = _prefix(getattr(augment, f"{setting}_prefix"), source)
+        texts = _kept(setting, source, texts, seed=seed, device=device, prefix=prefix)
     return list(texts)
+
+
+def _prefix(asked: str | None, source: str) -> str:
+    """What the model reads before a text: as asked, or as samestep trained it."""
+    if asked is None and (Path(source).expanduser() / INFO_FILE).is_file():
+        asked = read_info(Path(source).expanduser()).get("prefix")
+    return asked or ""
 
 
 def model_digest(source: str) -> str:
@@ -93,18 +105,22 @@ def model_digest(source: str) -> str:
 
 
 def write_texts(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, seed: int
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, seed: int, prefix: str = ""
 ) -> list[str]:
-    """One text for each, drawn with `seed`; a text stays as it is where the model writes nothing. Leaves torch's generators alone."""
+    """One text for each, drawn with `seed`; a text stays as it is where the model writes nothing. Leaves torch's generators alone.
+
+    The model reads `prefix` and a text, with the end of sequence behind it, as trainer/data/pairs.py trains it.
+    """
     device, written = model.device, []
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         for start in range(0, len(texts), BATCH):
             torch.manual_seed(seed + start)
             some = list(texts[start : start + BATCH])
-            inputs = tokenizer(some, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
-            length = min(2 * inputs["input_ids"].shape[1] + 8, LONGEST)
-            inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+            read = encode_texts([prefix + text for text in some], tokenizer, LONGEST).split
+            ids, mask = map(torch.from_numpy, read.padded(np.arange(len(some)), tokenizer.pad_token_id))
+            inputs = {"input_ids": ids.long().to(device), "attention_mask": mask.long().to(device)}
+            length = min(2 * ids.shape[1] + 8, LONGEST)
             options: dict[str, Any] = {"do_sample": True, "num_beams": 1, "top_p": TOP_P, "max_new_tokens": length}
             answers = model.generate(**inputs, **options, synced_gpus=False)  # type: ignore[operator]
             decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -112,9 +128,11 @@ def write_texts(
     return written
 
 
-def _kept(setting: str, source: str, texts: Sequence[str], *, seed: int, device: torch.device | str) -> list[str]:
+def _kept(
+    setting: str, source: str, texts: Sequence[str], *, seed: int, device: torch.device | str, prefix: str
+) -> list[str]:
     """The texts from the cache, written first where they are not there."""
-    key = json.dumps([model_digest(source), seed, TOP_P, LONGEST, BATCH, list(texts)])
+    key = json.dumps([model_digest(source), prefix, seed, TOP_P, LONGEST, BATCH, list(texts)])
     folder = cache_folder() / "rewrites"
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
@@ -127,10 +145,9 @@ def _kept(setting: str, source: str, texts: Sequence[str], *, seed: int, device:
                     flush=True,
                 )
                 model, tokenizer = _open(setting, source)
+                written = write_texts(model.to(device), tokenizer, texts, seed=seed, prefix=prefix)
                 fresh = file.with_suffix(".new")
-                fresh.write_text(
-                    json.dumps(write_texts(model.to(device), tokenizer, texts, seed=seed)), encoding="utf-8"
-                )
+                fresh.write_text(json.dumps(written), encoding="utf-8")
                 fresh.replace(file)
         return [str(text) for text in json.loads(file.read_text(encoding="utf-8"))]
     except OSError as error:

@@ -124,7 +124,12 @@ _IDLE: tuple[Rule, ...] = (
     _needs_augmentation("probability", *TEXT_KINDS),
     _needs_augmentation("fraction", *WORD_KINDS),
     _needs_augmentation("synonyms", "synonyms", "insert"),
-    *(_needs_augmentation(setting, kind) for kind, settings in MODEL_KINDS.items() for setting in settings),
+    *(
+        _needs_augmentation(setting, kind)
+        for kind, models in MODEL_KINDS.items()
+        for model in models
+        for setting in (model, f"{model}_prefix")
+    ),
     _needs_augmentation("mixup_alpha", "mixup"),
 )
 """(setting, the settings that may make it idle, when they do, why)."""
