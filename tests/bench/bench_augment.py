@@ -2,12 +2,12 @@
 
     python tests/bench/bench_augment.py                                # 3 seeds x 7 settings; the kinds that need no model
     python tests/bench/bench_augment.py --seeds 1 --kinds none mixup
-    python tests/bench/bench_augment.py --paraphraser FOLDER           # also with a model's paraphrases
+    python tests/bench/bench_augment.py --writers runs/writers         # also those that models write; makes the models where they lack
 
 MiniLM with LoRA as in recipes/lora_sst2.py, on 200 sentences of asset:sst; the step with the best validation loss is tested on the recipe's
 own test split of 1,511 sentences. A seed draws the 200 sentences, the adapter's weights, the order and the augmentation; within a
-seed, everything but the augmentation is the same for all. The last line is one JSON object: mean accuracy of each setting, and its
-mean difference to none, over seeds.
+seed, everything but the augmentation is the same for all. What the models of --writers are worth stands in tests/bench/writers.py. The
+last line is one JSON object: mean accuracy of each setting, and its mean difference to none, over seeds.
 """
 
 import argparse
@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a scr
 from accelerate import Accelerator
 
 from tests.bench.timing import LORA_SST2
+from tests.bench.writers import likeness, make_writers
 from trainer.backend import build_accelerator
 from trainer.config import Augmentation, RunConfig
-from trainer.config.augment import WORD_KINDS
+from trainer.config.augment import MODEL_KINDS, WORD_KINDS
 from trainer.data.batches import permutation
 from trainer.data.classify import read_splits
 from trainer.data.samples import Samples
@@ -43,14 +44,16 @@ SETTINGS: dict[str, dict[str, object]] = {
     "mixup": {"kinds": ("mixup",)},
 }
 """Name of a setting -> data.augment; `eda` is all four changes of words."""
+LEARNED_SENTENCES = 1_000
+"""Training sentences that the models of --writers learn, the measured ones among them."""
 
 
 def main() -> None:
     """Train every cell, print a table and the JSON line."""
     asked = parse_arguments()
     settings = {name: SETTINGS[name] for name in asked.kinds}
-    if asked.paraphraser is not None:
-        settings["paraphrase"] = {"kinds": ("paraphrase",), "paraphraser": asked.paraphraser}
+    if asked.writers is not None:
+        settings |= written_settings(asked)
     found: dict[str, list[float]] = {name: [] for name in settings}
     accelerator = build_accelerator(LORA_SST2)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +76,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10, help="passes over them (default 10)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds (default 3)")
     parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
-    parser.add_argument("--paraphraser", help="a model that writes a text from a text: also measure its paraphrases")
+    parser.add_argument(
+        "--writers", type=Path, help="folder of models that write: measure back_translation and paraphrase"
+    )
     return parser.parse_args()
+
+
+def written_settings(asked: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Those whose texts models write; what the models learn are the sentences that are measured, and more to a round number."""
+    train = read_splits(LORA_SST2.data).train  # type: ignore[arg-type]
+    drawn = {
+        int(place): None for seed in range(asked.seeds) for place in permutation(len(train), seed)[: asked.samples]
+    }
+    drawn |= {int(place): None for place in permutation(len(train), asked.seeds)}
+    count = max(LEARNED_SENTENCES, asked.seeds * asked.samples)
+    models = make_writers(asked.writers, [train.texts[place] for place in list(drawn)[:count]])
+    for line in likeness(asked.writers, models, asked.samples):
+        print(line, file=sys.stderr, flush=True)
+    return {kind: {"kinds": (kind,), **{name: models[name] for name in names}} for kind, names in MODEL_KINDS.items()}
 
 
 def write_files(folder: Path, num_train: int, num_test: int | None, seed: int) -> dict[str, str]:
